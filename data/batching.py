@@ -1,0 +1,191 @@
+"""Records to token ids on disk, and token ids to the batches of an optimizer step.
+
+Every data set, small or larger than memory, takes one way: its records are tokenised once into a flat file, which is then
+mapped, not read. The batches of step s are a pure function of (data, seed, s).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.records import Record
+from model.tokenizer import Tokenizer
+from study.errors import LetheError
+from study.folder import write_json
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised examples, mapped from disk. Example i is ids(i); its completion begins at starts[i] and includes the end token."""
+
+    key: str  # names the content: data, tokenizer, template, lengths
+    flat: np.ndarray  # (all tokens,) uint32
+    offsets: np.ndarray  # (N + 1,) int64, into flat
+    starts: np.ndarray  # (N,) int64, within the example
+    report: dict
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def ids(self, i: int) -> np.ndarray:
+        return self.flat[self.offsets[i] : self.offsets[i + 1]]
+
+    def completion(self, i: int) -> np.ndarray:
+        return self.ids(i)[self.starts[i] :]
+
+    @classmethod
+    def from_pairs(cls, pairs: list[tuple[list[int], list[int]]]) -> Examples:
+        """Examples in memory, from (prompt ids, completion ids)."""
+        flat = np.array([token for prompt, answer in pairs for token in (*prompt, *answer)], dtype=np.uint32)
+        offsets = np.cumsum([0, *(len(prompt) + len(answer) for prompt, answer in pairs)])
+        return cls("", flat, offsets, np.array([len(prompt) for prompt, _ in pairs]), {})
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def completion_offsets(self) -> np.ndarray:
+        """(N + 1,): where each example's completion begins in a flat array over all completions."""
+        return np.concatenate(([0], np.cumsum(self.lengths - self.starts)))
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One forward pass: B examples padded on the right, and the n positions of them that predict a completion token."""
+
+    input_ids: Tensor  # (B, T)
+    examples: Tensor  # (B,) index of each row's example, for its dropout masks
+    rows: Tensor  # (n,) into the flattened B * T: the position before each completion token
+    targets: Tensor  # (n,)
+    sizes: list[int]  # completion tokens of each row, summing to n
+    tokens: int  # of all rows, prompts included and padding not
+    weights: Tensor | None  # (n,) loss weights; None: decided from this pass's own losses
+
+    def to(self, device: torch.device) -> Micro:
+        moved = [None if t is None else t.to(device, non_blocking=True) for t in (self.input_ids, self.examples, self.rows, self.targets)]
+        return Micro(*moved, self.sizes, self.tokens, None if self.weights is None else self.weights.to(device, non_blocking=True))
+
+
+def tokenize(
+    records: Iterable[Record], tokenizer: Tokenizer, max_length: int, fingerprint: str, cache: Path, limit: int | None = None
+) -> Examples:
+    """Tokenises records into cache/{key}, or maps what an earlier call left there.
+
+    A longer example loses its prompt's middle; one whose answer alone leaves no room for a prompt token is dropped. Both are
+    counted. fingerprint: of the records' source; limit: at most so many records. Raises LetheError if nothing is left.
+    """
+    content = json.dumps([fingerprint, tokenizer.fingerprint, max_length, limit])
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    folder = cache / key
+    if not (folder / "report.json").is_file():
+        _write_tokens(records, tokenizer, max_length, folder, limit)
+    report = json.loads((folder / "report.json").read_text())
+    index = np.load(folder / "index.npy")
+    if not len(index):
+        raise LetheError(
+            f"{report['source']}: of {report['rows']} examples none is left to train on: no answer fits into --max_length {max_length}"
+        )
+    flat = np.memmap(folder / "ids.bin", dtype=np.uint32, mode="r")
+    return Examples(key, flat, np.concatenate(([0], index[:, 1])), index[:, 0], report)
+
+
+def _write_tokens(records: Iterable[Record], tokenizer: Tokenizer, max_length: int, folder: Path, limit: int | None) -> None:
+    """ids.bin (uint32), index.npy (N, 2) of (completion start, end offset), and report.json, which is written last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts, ends = array("q"), array("q")
+    rows = truncated = dropped = total = trainable = 0
+    source = ""
+    with open(folder / "ids.bin", "wb") as file:
+        for record in records:
+            if limit is not None and rows == limit:
+                break
+            rows += 1
+            source = source or record.source.rsplit(":", 1)[0]
+            answer = tokenizer.render_answer(record.answer)
+            prompt = tokenizer.render_prompt(record.prompt)
+            room = max_length - len(answer)
+            if room < 1:
+                dropped += 1
+                continue
+            if len(prompt) > room:
+                truncated += 1
+                prompt = cut_middle(prompt, room)
+            ids = np.array(prompt + answer, dtype=np.uint32)
+            file.write(ids.tobytes())
+            total += len(ids)
+            trainable += len(answer)
+            starts.append(len(prompt))
+            ends.append(total)
+    index = np.stack([np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)], axis=1) if starts else np.zeros((0, 2), dtype=np.int64)
+    np.save(folder / "index.npy", index)
+    lengths = np.diff(np.concatenate(([0], index[:, 1])))
+    spread = [int(x) for x in np.percentile(lengths, [50, 95, 100])] if len(lengths) else [0, 0, 0]
+    write_json(
+        folder / "report.json",
+        {
+            "source": source, "rows": rows, "examples": len(index), "truncated_prompts": truncated, "answers_too_long": dropped,
+            "tokens": total, "trainable_tokens": trainable, "length_p50_p95_max": spread,
+        },
+    )  # fmt: skip
+
+
+def cut_middle(prompt: list[int], room: int) -> list[int]:
+    """A prompt's first and last tokens, room of them: the question's end and the template's frame matter most."""
+    head = room // 2
+    return prompt[:head] + prompt[len(prompt) - (room - head) :]
+
+
+def steps_of(examples: int, per_step: int, epochs: float, max_steps: int | None = None) -> int:
+    """Optimizer steps of a run; the last, smaller batch of an epoch is a step too."""
+    steps = max(1, round(epochs * math.ceil(examples / per_step)))
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def step_indices(examples: int, per_step: int, seed: int, step: int) -> list[int]:
+    """Which examples step number `step` sees: epoch e is a permutation drawn from (seed, e)."""
+    per_epoch = math.ceil(examples / per_step)
+    epoch, within = divmod(step, per_epoch)
+    order = np.random.default_rng((seed, epoch)).permutation(examples)
+    return order[within * per_step : (within + 1) * per_step].tolist()
+
+
+def collate(examples: Examples, indices: list[int], micro_size: int, weights: np.ndarray | None) -> list[Micro]:
+    """The micro-batches of one step: sorted by length, so that little is padded; the loss does not depend on the split.
+
+    weights: flat over all completions (Examples.completion_offsets), or None where the loop decides them itself.
+    """
+    offsets = examples.completion_offsets if weights is not None else None
+    indices = sorted(indices, key=lambda i: (-int(examples.offsets[i + 1] - examples.offsets[i]), i))
+    micros = []
+    for at in range(0, len(indices), micro_size):
+        chosen = indices[at : at + micro_size]
+        ids = [examples.ids(i).astype(np.int64) for i in chosen]
+        length = max(len(x) for x in ids) - 1  # the last token predicts nothing
+        padded = np.zeros((len(chosen), length), dtype=np.int64)
+        rows, targets, sizes, parts = [], [], [], []
+        for row, (i, tokens) in enumerate(zip(chosen, ids, strict=True)):
+            padded[row, : len(tokens) - 1] = tokens[:-1]
+            start = int(examples.starts[i])
+            rows.append(row * length + np.arange(start - 1, len(tokens) - 1))
+            targets.append(tokens[start:])
+            sizes.append(len(tokens) - start)
+            if weights is not None:
+                parts.append(weights[offsets[i] : offsets[i + 1]])
+        micros.append(
+            Micro(
+                torch.from_numpy(padded), torch.tensor(chosen), torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)),
+                sizes, sum(map(len, ids)), torch.from_numpy(np.concatenate(parts)) if weights is not None else None,
+            )
+        )  # fmt: skip
+    return micros

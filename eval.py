@@ -1,0 +1,304 @@
+"""Scores what was trained, fills the missing cells of a study, and draws its tables and pictures.
+
+    python eval.py                                             # the newest study
+    python eval.py --root out/nano --tasks mini_gsm8k
+    python eval.py --model DIR --adapter DIR --tasks gsm8k,svamp   # any model, no study
+
+Read from `score_task` (one model on one task) to `score_study` (every missing cell) to `report` (results, table, pictures).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.batching import Examples, collate, cut_middle
+from data.builtin import BUILTIN_TASKS
+from data.folder import Task, find_task, scan
+from kernels import linear_nll
+from lora.adapter import load_adapter
+from lora.layers import lora_layers, merged, remove_lora
+from metrics.answers import score_answer
+from metrics.statistics import mean_interval, wilson_interval
+from model.checkpoint import load_model
+from model.generate import generate
+from model.llama import Llama
+from model.tokenizer import Tokenizer, load_tokenizer
+from study.config import Config, EvalConfig, parse, parse_eval
+from study.errors import LetheError
+from study.folder import is_done, newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
+from study.logging import RunLog, format_table, progress
+from study.plan import Run, cells_to_score
+from study.plots import draw_all, figures, summary_table
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model and the tasks
+
+
+@dataclass
+class Subject:
+    """A base model with its tokenizer: what a study is about."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    about: str  # one line on shape, device and dtype
+
+
+def load_subject(name: str, device: str = "auto", dtype: str = "auto", template: str = "auto") -> Subject:
+    """Loads model and tokenizer. auto: CUDA where there is one; bfloat16 there (float16 on older ones), float32 on CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise LetheError(f"--device {device}: this machine has no CUDA device that torch can use; give --device cpu")
+    why = "as asked"
+    if dtype == "auto":
+        if device == "cpu":
+            dtype, why = "float32", "CPU"
+        elif torch.cuda.is_bf16_supported():
+            dtype, why = "bfloat16", torch.cuda.get_device_name()
+        else:
+            dtype, why = "float16", f"{torch.cuda.get_device_name()} has no bfloat16"
+    tokenizer = load_tokenizer(name, template)
+    model = load_model(name, getattr(torch, dtype), device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise LetheError(f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {model.config.vocab_size}; they do not belong together")
+    size = sum(p.numel() for p in model.parameters())
+    about = f"{name}: {size / 1e6:.2f} M parameters, {device}, {dtype} ({why}), template {tokenizer.template}"
+    return Subject(name, model, tokenizer, about)
+
+
+def choose_tasks(datasets: str | None, data_root: str, builtin_model: bool, strict: bool = False) -> dict[str, Task]:
+    """--datasets → tasks by name. None or "all": the built-in tasks for the built-in model, else every prepared folder."""
+    if datasets in (None, "all"):
+        names = list(BUILTIN_TASKS) if builtin_model else [name for name in scan(data_root) if name not in BUILTIN_TASKS]
+        if not names:
+            raise LetheError(f"no task folder under {data_root}; make one with python -m data.prepare gsm8k, or give --datasets name=file")
+    else:
+        names = [name.strip() for name in datasets.split(",") if name.strip()]
+    if not names:
+        raise LetheError("--datasets names no task")
+    tasks = [find_task(name, data_root, strict) for name in names]
+    return {task.name: task for task in tasks}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One model on one task
+
+
+def score_task(
+    model: Llama, tokenizer: Tokenizer, task: Task, *, max_test: int | None = None, max_length: int = 2048,
+    batch_size: int = 64, max_new_tokens: int | None = None, quiet: bool = False,
+) -> list[dict]:  # fmt: skip
+    """One dict per test item: prompt, output, extracted, gold, exact_match and the other scores, answer_nll, group.
+
+    Greedy decoding with the adapter merged into scratch weights. answer_nll: mean nll of the reference answer's tokens
+    (its end token included), in nats.
+    """
+    records = task.test[:max_test]
+    prompts = [tokenizer.render_prompt(record.prompt) for record in records]
+    prompts = [ids if len(ids) <= max_length else cut_middle(ids, max_length) for ids in prompts]
+    was_training = model.training
+    model.eval()
+    with merged(model), progress(2 * len(records), f"score {task.name}", "items", enabled=not quiet) as bar:
+        outputs = generate(model, prompts, max_new_tokens or task.max_new_tokens, tokenizer.stop_ids, batch_size, bar.update)
+        losses = answer_losses(model, [(ids, tokenizer.render_answer(r.answer)) for ids, r in zip(prompts, records, strict=True)], batch_size, bar.update)
+    model.train(was_training)
+    items = []
+    for record, ids, output, loss in zip(records, prompts, outputs, losses, strict=True):
+        text = tokenizer.decode(output).strip()
+        scores = score_answer(task.answer_kind, text, record.answer)
+        prompt = tokenizer.decode(ids, skip_special=False)
+        items.append({"prompt": prompt, "output": text, "reference": record.answer, **scores, "answer_nll": loss, "tokens": len(output), "group": record.group})
+    return items
+
+
+@torch.inference_mode()
+def answer_losses(model: Llama, pairs: list[tuple[list[int], list[int]]], batch_size: int, on_done=None) -> list[float]:
+    """Mean nll of each answer given its prompt, both as ids."""
+    examples = Examples.from_pairs(pairs)
+    losses = [0.0] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: (-examples.lengths[i], i))
+    for at in range(0, len(order), batch_size):
+        chosen = order[at : at + batch_size]
+        (micro,) = collate(examples, chosen, batch_size, None)
+        micro = micro.to(model.device)
+        nll = linear_nll(model.hidden(micro.input_ids, rows=micro.rows), model.head_weight, micro.targets)
+        for i, part in zip(chosen, nll.double().split(micro.sizes), strict=True):
+            losses[i] = part.mean().item()
+        if on_done:
+            on_done(len(chosen))
+    return losses
+
+
+def summarise(items: list[dict]) -> list[dict]:
+    """Rows {metric, value, low, high, n, unparsed} of one cell, with 95 % intervals (Wilson for shares)."""
+    n, unparsed = len(items), sum(item["extracted"] is None for item in items)
+    rows = []
+    shares = {metric: items for metric in ("exact_match", "flexible_match", "string_match")}
+    for group in sorted({item["group"] for item in items} - {""}):  # templates that training never saw, apart
+        shares[f"exact_match_{group}"] = [item for item in items if item["group"] == group]
+    for metric, chosen in shares.items():
+        hits = sum(item["exact_match" if metric.startswith("exact_match") else metric] for item in chosen)
+        low, high = wilson_interval(hits, len(chosen))
+        rows.append({"metric": metric, "value": hits / len(chosen), "low": low, "high": high, "n": len(chosen), "unparsed": unparsed})
+    for metric in ("rougeL", "answer_nll"):
+        value, low, high = mean_interval([item[metric] for item in items])
+        rows.append({"metric": metric, "value": value, "low": low, "high": high, "n": n, "unparsed": unparsed})
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A study
+
+
+def trained_runs(tree: Path) -> list[Run]:
+    """The finished runs of a study, as their manifests say, stage 1 first."""
+    found = [read_json(file) for file in sorted(tree.glob("**/run.json"))]
+    runs = [Run(**record["run"]) for record in found if record.get("status") == "done"]
+    return sorted(runs, key=lambda run: (run.stage, run.first, run.second or "", run.arm))
+
+
+def cell_file(tree: Path, run: Run | None, task: str) -> Path:
+    return tree / (run.folder if run else "base") / "eval" / f"{task}.jsonl"
+
+
+def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, Task], only: set[str] | None = None) -> int:
+    """Scores every cell that has no file yet: the base and stage 1 on every task, stage 2 on its two. Returns how many."""
+    runs = [run for run in trained_runs(tree) if run.first in tasks and (run.second is None or run.second in tasks)]
+    cells = [(run, name) for run, name in cells_to_score(runs, list(tasks)) if only is None or name in only]
+    missing = [(run, name) for run, name in cells if not cell_file(tree, run, name).is_file()]
+    placed: Run | None | str = "nothing yet"
+    for number, (run, name) in enumerate(missing, 1):
+        if run != placed:  # cells come run by run, so an adapter is loaded once
+            if run is None:
+                remove_lora(subject.model)
+            else:
+                load_adapter(subject.model, tree / run.folder)
+            placed = run
+        began = time.perf_counter()
+        settings = config.evaluation
+        items = score_task(
+            subject.model, subject.tokenizer, tasks[name], max_test=config.max_test, max_length=config.max_length,
+            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
+        )  # fmt: skip
+        write_jsonl(cell_file(tree, run, name), items)
+        hits = sum(item["exact_match"] for item in items)
+        where = run.folder if run else "base"
+        print(f"  scored {number:3d}/{len(missing)}  {where:45s} on {name:16s} exact match {hits / len(items):6.1%}  {time.perf_counter() - began:5.1f} s", flush=True)
+    remove_lora(subject.model)
+    return len(missing)
+
+
+def result_rows(tree: Path, seed: int) -> list[dict]:
+    """All scored cells of one tree as rows {run, arm, stage, first, second, task, metric, value, low, high, n, unparsed, seed}."""
+    rows = []
+    for run in [None, *trained_runs(tree)]:
+        folder = run.folder if run else "base"
+        who = {"run": folder, "arm": run.arm if run else "base", "stage": run.stage if run else 0,
+               "first": run.first if run else None, "second": run.second if run else None}  # fmt: skip
+        for file in sorted((tree / folder / "eval").glob("*.jsonl")):
+            rows += [{**who, "task": file.stem, **row, "seed": seed} for row in summarise(read_jsonl(file))]
+    return rows
+
+
+def report(root: Path, quiet: bool = False) -> list[dict]:
+    """Writes eval_results_mask.json and the pictures of a study (over its seeds too), logs them, prints the table."""
+    trees = seed_folders(root)
+    rows, dropped = [], {}
+    for tree in trees:
+        seed = read_json(tree / "study.json")["identity"]["settings"]["seed"]
+        mine = result_rows(tree, seed)
+        rows += mine
+        for file in tree.glob("**/run.json"):
+            record = read_json(file)
+            if record.get("status") == "done" and record["run"]["stage"] == 2:
+                dropped[record["run"]["folder"]] = dropped.get(record["run"]["folder"], 0.0) + record["mask"]["dropped_share"] / len(trees)
+        if tree != root:
+            write_json(tree / "eval_results_mask.json", {"results": mine})
+            draw_all(mine, tree / "performance_matrices_mask")
+    if not rows:
+        raise LetheError(f"{root}: nothing is scored yet; run python train.py first")
+    write_json(root / "eval_results_mask.json", {"results": rows})
+    pictures = draw_all(rows, root / "performance_matrices_mask")
+    with RunLog(root, "study") as log:
+        for name, figure in figures(rows).items():
+            log.figure(name, figure)
+    if not quiet:
+        print("\n" + summary_table(rows, dropped))
+        print(f"\nresults    {root / 'eval_results_mask.json'}")
+        print(f"pictures   {root / 'performance_matrices_mask'}/ ({len(pictures)})")
+        print(f"curves     tensorboard --logdir {root / 'tensorboard' if len(trees) == 1 else root}")
+    return rows
+
+
+def evaluate_study(arguments: EvalConfig) -> None:
+    root = Path(arguments.root) if arguments.root else newest_study("out")
+    trees = seed_folders(root)
+    if not (trees[0] / "study.json").is_file():
+        raise LetheError(f"{root} is no study folder (it has no study.json); give --root, or train one with python train.py")
+    print(f"study      {root}")
+    only = {name.strip() for name in arguments.tasks.split(",")} if arguments.tasks else None
+    record = read_json(trees[0] / "study.json")
+    known = record["tasks"]
+    for name in sorted(only or ()):
+        if name not in known:
+            raise LetheError(f"--tasks: {name!r} is not in this study; it has {', '.join(known)}")
+    if not arguments.replot:
+        config = parse(["--config", str(trees[0] / "config.yaml")])
+        tasks = {name: find_task(**spec) for name, spec in known.items()}
+        for name, task in tasks.items():
+            if task.fingerprint != record["identity"]["data"].get(name):
+                raise LetheError(f"the data of {name} changed since this study was trained; restore it, or train a new study with another --out")
+        subject = load_subject(record["model"], arguments.device, arguments.dtype if arguments.dtype != "auto" else config.dtype, config.template)
+        if subject.model.fingerprint != record["identity"]["model"]:
+            raise LetheError(f"{record['model']} is not the model that this study was trained on; its weights have changed")
+        print(subject.about)
+        scored = sum(score_study(tree, config, subject, tasks, only) for tree in trees)
+        print(f"scored     {scored} missing cells" if scored else "scored     nothing: every cell was there")
+    report(root)
+
+
+def evaluate_model(arguments: EvalConfig) -> None:
+    """Any model, with or without an adapter, on any tasks."""
+    subject = load_subject(arguments.model, arguments.device, arguments.dtype, arguments.template)
+    tasks = choose_tasks(arguments.tasks or arguments.datasets, arguments.data_root, arguments.model == "nano")
+    print(subject.about)
+    if arguments.adapter:
+        load_adapter(subject.model, arguments.adapter)
+        print(f"adapter    {arguments.adapter} on {len(lora_layers(subject.model))} linears")
+    rows, results = [], []
+    for task in tasks.values():
+        items = score_task(subject.model, subject.tokenizer, task, max_test=arguments.max_test,
+                           batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)  # fmt: skip
+        for row in summarise(items):
+            results.append({"model": arguments.model, "adapter": arguments.adapter, "task": task.name, **row})
+            rows.append([task.name, row["metric"], f"{row['value']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", row["n"], row["unparsed"]])
+        if arguments.out:
+            write_jsonl(Path(arguments.out) / "eval" / f"{task.name}.jsonl", items)
+    print(format_table(rows, ["task", "metric", "value", "95 % interval", "n", "unparsed"]))
+    if arguments.out:
+        write_json(Path(arguments.out) / "eval_results.json", {"results": results})
+        print(f"results    {Path(arguments.out) / 'eval_results.json'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        arguments = parse_eval(sys.argv[1:] if argv is None else argv)
+        evaluate_model(arguments) if arguments.model else evaluate_study(arguments)
+    except LetheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what was scored is kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

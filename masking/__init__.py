@@ -1,0 +1,3 @@
+from masking.weights import token_weights
+
+__all__ = ["token_weights"]

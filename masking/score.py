@@ -1,0 +1,95 @@
+"""Per-token losses of a data set under a reference model, computed once and cached by content.
+
+The cache file carries the token ids beside the losses, and they are compared when it is loaded: a mask can never be laid
+over other tokens than those it was made from. Scoring that was cut short goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from data.batching import Examples, collate
+from kernels import linear_nll
+from masking.weights import token_weights
+from model.llama import Llama
+from study.errors import LetheError
+
+
+@torch.inference_mode()
+def score_examples(model: Llama, examples: Examples, reference: str, folder: Path, batch_size: int = 64, progress: Callable[[int], None] | None = None) -> np.ndarray:
+    """nll of every completion token (the end token too), flat as Examples.completion_offsets says, float32.
+
+    reference names what the model is: the adapter's fingerprint, or "base". The model is scored in eval mode, so dropout is
+    off. Cached in folder/{key}.safetensors. Raises LetheError where a cached file belongs to other tokens.
+    """
+    key = hashlib.sha256(json.dumps([model.fingerprint, reference, examples.key, str(model.dtype)]).encode()).hexdigest()[:16]
+    file, partial = folder / f"{key}.safetensors", folder / f"{key}.partial"
+    ids = np.concatenate([examples.completion(i) for i in range(len(examples))])
+    if file.is_file():
+        stored = load_file(file)
+        if not np.array_equal(stored["ids"], ids):
+            raise LetheError(f"{file} holds the scores of other tokens than this data set's; delete it and run again")
+        return stored["nll"]
+    folder.mkdir(parents=True, exist_ok=True)
+    # NaN marks what is not scored yet; a file of the wrong size is a leftover of a failed write.
+    fresh = not partial.is_file() or partial.stat().st_size != 4 * len(ids)
+    nll = np.memmap(partial, dtype=np.float32, mode="w+" if fresh else "r+", shape=(len(ids),))
+    if fresh:
+        nll[:] = np.nan
+    offsets = examples.completion_offsets
+    todo = [i for i in np.argsort(examples.lengths, kind="stable").tolist() if np.isnan(nll[offsets[i] : offsets[i + 1]]).any()]
+    was_training = model.training
+    model.eval()
+    for at in range(0, len(todo), batch_size):
+        chosen = sorted(todo[at : at + batch_size], key=lambda i: (-examples.lengths[i], i))
+        (micro,) = collate(examples, chosen, len(chosen), None)
+        micro = micro.to(model.device)
+        scored = linear_nll(model.hidden(micro.input_ids, rows=micro.rows), model.head_weight, micro.targets).cpu().numpy()
+        for i, part in zip(chosen, np.split(scored, np.cumsum(micro.sizes)[:-1]), strict=True):
+            nll[offsets[i] : offsets[i + 1]] = part
+        if progress:
+            progress(len(chosen))
+    model.train(was_training)
+    result = np.array(nll)
+    temporary = folder / f"{key}.writing"
+    save_file({"nll": result, "ids": ids}, temporary)
+    temporary.replace(file)
+    partial.unlink()
+    return result
+
+
+def example_weights(nll: np.ndarray, policy: str, settings: dict, mask_end: bool, adapter_nll: np.ndarray | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Weights of one completion, its end token kept unless mask_end has it treated like any other. settings: of token_weights."""
+    body = slice(None) if mask_end else slice(-1)
+    other = None if adapter_nll is None else torch.from_numpy(adapter_nll[body])
+    weights = token_weights(torch.from_numpy(nll[body]), policy, adapter_nll=other, generator=generator, **settings)
+    return weights if mask_end else torch.cat([weights, torch.ones(1)])
+
+
+def dataset_weights(
+    examples: Examples, policy: str, settings: dict, nll: np.ndarray | None, adapter_nll: np.ndarray | None = None, mask_end: bool = False, seed: int = 0
+) -> tuple[np.ndarray, dict]:
+    """Weights of all completion tokens, flat float32, and statistics of what was dropped.
+
+    nll may be None for policy none. random draws each example's tokens from (seed, example). The statistics: completion
+    tokens, dropped_share of them, emptied (examples of which only the end token, or nothing, is left).
+    """
+    offsets = examples.completion_offsets
+    weights = np.ones(offsets[-1], dtype=np.float32)
+    emptied = 0
+    if policy != "none":
+        for i in range(len(examples)):
+            span = slice(offsets[i], offsets[i + 1])
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + i) if policy == "random" else None
+            part = example_weights(nll[span], policy, settings, mask_end, None if adapter_nll is None else adapter_nll[span], generator)
+            weights[span] = part.numpy()
+            emptied += bool((part[:-1] == 0).all()) and len(part) > 1
+    stats = {"completion_tokens": int(offsets[-1]), "dropped_share": float((weights == 0).mean()), "emptied_examples": emptied, "mean_weight": float(weights.mean())}
+    return weights, stats

@@ -1,0 +1,99 @@
+"""What training on one task after another keeps, loses and gains.
+
+R[i][j] is the score on task j after stage i (0-based, stage i trains task i), base[j] the untouched model's on it.
+  Scores may be shares or percent; the results have the same unit.  NaN marks a cell that was not measured, and a
+metric that needs it is NaN.  No function changes its input.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy
+
+
+def continual_metrics(R, base=None, single=None) -> dict[str, float]:
+    """R (T, T), base (T,), single (T,) = scores of one run per task alone -> the usual metrics; t is the last stage.
+
+    ACC, AR       mean over j of R[t][j]                                 (Lopez-Paz & Ranzato, arXiv:1706.08840)
+    BWT           mean over j < t of R[t][j] - R[j][j]      (same; BWT_T divides by T, as in TRACE, arXiv:2310.06762)
+    FWT           mean over j > 0 of R[j-1][j] - base[j]    (same, with the untouched base for the random one)
+    forgetting    mean over j < t of max over l < t of R[l][j], less R[t][j]    (Chaudhry et al., arXiv:1801.10112)
+    intransigence mean over j of single[j] - R[j][j]                     (same)
+    learning      mean over j of R[j][j] - base[j]
+    retention     mean over j < t of R[t][j] / R[j][j], where R[j][j] > 0
+    FWT and learning are NaN without `base`, intransigence without `single`, those over j < t for a single task.
+    """
+    R = numpy.array(R, dtype=numpy.float64)  # a copy
+    if R.ndim != 2 or R.shape[0] != R.shape[1] or R.size == 0:
+        raise ValueError(f"R must be a square matrix (stages x tasks), not of shape {R.shape}")
+    tasks = len(R)
+    base = _vector(base, tasks, "base")
+    single = _vector(single, tasks, "single")
+    last, diagonal = R[-1], numpy.diag(R)
+    earlier = slice(0, tasks - 1)
+    ratios = [after / before for after, before in zip(last[earlier], diagonal[earlier], strict=True) if not before <= 0]
+    forward = numpy.array([R[j - 1, j] - base[j] for j in range(1, tasks)])
+    backward = last[earlier] - diagonal[earlier]
+    average = float(last.mean())
+    return {
+        "ACC": average,
+        "AR": average,
+        "BWT": _mean(backward),
+        "BWT_T": float(backward.sum() / tasks),
+        "FWT": _mean(forward),
+        "forgetting": _mean(R[:-1, earlier].max(axis=0) - last[earlier]) if tasks > 1 else math.nan,
+        "intransigence": _mean(single - diagonal),
+        "learning": _mean(diagonal - base),
+        "retention": _mean(ratios),
+    }
+
+
+def _vector(values, tasks: int, name: str) -> numpy.ndarray:
+    array = numpy.full(tasks, numpy.nan) if values is None else numpy.array(values, dtype=numpy.float64)
+    if array.shape != (tasks,):
+        raise ValueError(f"{name} must hold one score for each of the {tasks} tasks, not shape {array.shape}")
+    return array
+
+
+def _mean(values) -> float:
+    return float(numpy.mean(values)) if len(values) else math.nan
+
+
+def stm_metrics(base: Sequence[float], after: Sequence[float], target: int) -> dict[str, float]:
+    """TI and BWT in percent, relative to the base, as in STM (arXiv:2501.14315); `target` indexes the trained task.
+
+    TI = (after - base) / base on the target, BWT = the mean of the same over all other tasks.  A base of 0 gives NaN.
+    """
+    if len(base) != len(after) or not 0 <= target < len(base):
+        raise ValueError(f"base and after need the same tasks, {target} among them")
+    change = [100 * (y - x) / x if x else math.nan for x, y in zip(base, after, strict=True)]
+    others = [c for i, c in enumerate(change) if i != target]
+    return {"TI": change[target], "BWT": _mean(others)}
+
+
+def chance_centred(accuracy: float, options: int) -> float:
+    """(accuracy - 1/k) / (1 - 1/k): 0 is guessing among k options, 1 is perfect."""
+    if options < 2:
+        raise ValueError("chance needs at least two options")
+    return (accuracy - 1 / options) / (1 - 1 / options)
+
+
+def sample_forgetting(before: Sequence[bool], after: Sequence[bool], options: int | None = None) -> dict[str, float]:
+    """Per-item churn (arXiv:2510.17776): F = share right before and wrong after, B = wrong before and right after.
+
+    With `options` k also what remains once lucky guesses are taken out, under a know-or-guess model of independent
+    guesses (it over-corrects when guesses are shared): F_true = (k/(k-1))² (F - (1 - acc_after)/k), B_true likewise
+    with acc_before.
+    """
+    first, second = numpy.array(before, dtype=bool), numpy.array(after, dtype=bool)
+    if first.shape != second.shape or first.ndim != 1 or first.size == 0:
+        raise ValueError("before and after must be the same items, at least one")
+    lost, gained = float((first & ~second).mean()), float((~first & second).mean())
+    result = {"F": lost, "B": gained}
+    if options is not None:
+        if options < 2:
+            raise ValueError("chance needs at least two options")
+        scale = (options / (options - 1)) ** 2
+        result["F_true"] = scale * (lost - (1 - float(second.mean())) / options)
+        result["B_true"] = scale * (gained - (1 - float(first.mean())) / options)
+    return result

@@ -1,0 +1,46 @@
+"""Comparing texts: normal form of a short answer, ROUGE-L."""
+
+import functools
+import re
+import unicodedata
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_DECIMAL_POINT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
+_ASCII_SYMBOLS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def _is_punctuation(char: str) -> bool:
+    return char in _ASCII_SYMBOLS or unicodedata.category(char).startswith("P")
+
+
+def collapse(text: str) -> str:
+    """The text without outer white space, every inner run of it one space."""
+    return " ".join(text.split())
+
+
+def normalise(text: str) -> str:
+    """Normal form of a short answer: lower case, no articles, no punctuation, single spaces.
+
+    As the SQuAD evaluation does (arXiv 1606.05250), with three repairs: Unicode punctuation goes too, a decimal point
+    stays (3.5 is not 35), and a text made of articles alone ("The The") keeps them. NFKC first, so that full-width
+    and composed forms compare equal.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = _DECIMAL_POINT.sub("\0", text)  # NUL stands in for the point while punctuation goes
+    text = "".join(char for char in text if not _is_punctuation(char)).replace("\0", ".")
+    return collapse(_ARTICLES.sub(" ", text)) or collapse(text)
+
+
+@functools.lru_cache(maxsize=2)
+def _scorer(stem: bool):
+    from rouge_score import rouge_scorer  # late: it pulls in nltk, about a second
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
+
+
+def rouge_l(prediction: str, reference: str, stem: bool = False) -> float:
+    """ROUGE-L F-measure in [0, 1] by the rouge-score package (Lin 2004); 0 if either has no token.
+
+    Its tokens are runs of a-z and 0-9, so text in other scripts scores 0.
+    """
+    return float(_scorer(stem).score(reference, prediction)["rougeL"].fmeasure)

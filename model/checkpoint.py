@@ -1,0 +1,147 @@
+"""Hugging Face Llama folders in and out: config.json and safetensors, single or sharded, from disk or from the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model.llama import Llama, LlamaConfig
+from study.errors import LetheError
+
+NANO = Path(__file__).resolve().parent.parent / "assets" / "nano"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "LICENSE*", "USE_POLICY*"]
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: "nano" (built in), a local folder, or a hub id, which is fetched into the hub's cache."""
+    if name == "nano":
+        return NANO
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise LetheError(f"{name} is a file; --model wants the folder that holds config.json and *.safetensors")
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
+        raise LetheError(f"no model folder {name!r} here, and it is no hub id (owner/name); give a folder, a hub id or 'nano'")
+    return fetch_from_hub(name)
+
+
+def fetch_from_hub(repo: str) -> Path:
+    """Downloads a model's files (or finds them in the cache); every failure becomes one line that says what to do."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import errors as hub
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, ignore_patterns=["original/*"]))
+    except hub.GatedRepoError as error:  # before RepositoryNotFoundError, whose subclass it is
+        raise LetheError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login` (or set HF_TOKEN); "
+            "or give --model a local folder"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise LetheError(f"no model {repo!r}: no such folder here and no such repository on the hub (or it is private: `hf auth login`)") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        raise LetheError(
+            f"{repo} is not in the cache ({constants.HF_HUB_CACHE}) and the hub cannot be reached; on a machine with network run "
+            f"`hf download {repo}`, or give --model a local folder"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise LetheError(f"{path} is missing; a model folder holds config.json, tokenizer.json and *.safetensors")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LetheError(f"{path} is no valid JSON ({error}); fetch the file again") from error
+
+
+def load_config(folder: Path) -> LlamaConfig:
+    return LlamaConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        for file in files:
+            if not file.is_file():
+                raise LetheError(f"{file} is missing, though {index.name} names it; fetch the model again")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("consolidated*.pth")):
+        raise LetheError(f"{folder} is in Meta's own layout (consolidated.*.pth); fetch the Hugging Face version (safetensors)")
+    if any(folder.glob("pytorch_model*.bin")):
+        raise LetheError(f"{folder} holds pickled weights (pytorch_model.bin), which are never opened; convert them to safetensors")
+    raise LetheError(f"{folder} holds no model.safetensors")
+
+
+def open_safetensors(file: Path):
+    """safe_open with one clear error for a cut or foreign file."""
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LetheError(f"{file} is cut or no safetensors file ({error}); fetch it again") from error
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Llama:
+    """Loads a Hugging Face Llama folder, a hub id, or "nano", frozen and in eval mode.
+
+    Tensors stream one at a time from the mapped file into their final dtype and device, so memory stays near the weights.
+    Raises LetheError for a missing, cut or ill-fitting file, naming the first tensors that do not fit.
+    """
+    folder = find_model(str(path))
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    wanted = dict(model.named_parameters())
+    loaded: set[str] = set()
+    unexpected, misshapen = [], []
+    digest = hashlib.sha256(json.dumps(config.__dict__, sort_keys=True).encode())
+    for file in weight_files(folder):
+        with open_safetensors(file) as tensors:
+            for name in sorted(tensors.keys()):
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+                    continue  # derived or doubled: some exports carry them
+                if name not in wanted:
+                    unexpected.append(name)
+                    continue
+                tensor = tensors.get_tensor(name)
+                if tensor.shape != wanted[name].shape:
+                    misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
+                    continue
+                digest.update(sample_of(name, tensor))
+                final = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+                module, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(module), leaf, torch.nn.Parameter(final, requires_grad=False))
+                loaded.add(name)
+    missing = [name for name in wanted if name not in loaded and not any(name in text for text in misshapen)]
+    for what, names in (("misses", missing), ("has unexpected", unexpected), ("has misshapen", misshapen)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise LetheError(f"{folder} {what} tensors: {', '.join(names[:3])}{more}; its config.json does not describe these weights")
+    model.fingerprint = digest.hexdigest()[:16]
+    return model.eval()
+
+
+def sample_of(name: str, tensor: torch.Tensor, values: int = 64) -> bytes:
+    """Name, shape and evenly spread values of a tensor: tells two models of one shape apart without reading all of them."""
+    flat = tensor.flatten()
+    picked = flat[:: max(1, flat.numel() // values)][: values + 1].float()
+    return name.encode() + str(tuple(tensor.shape)).encode() + picked.numpy().tobytes()
+
+
+def save_weights(model: Llama, file: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the weights under Hugging Face's names (a tied head is not repeated), atomically."""
+    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    partial = file.with_name(file.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(file)

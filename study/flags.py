@@ -1,0 +1,244 @@
+"""Reading a configuration: flags and YAML files -> the typed leaves of nested dataclasses.
+
+Each leaf is declared with `opt(default, help, limit)`; jsonargparse converts and checks the values, and what it finds
+wrong is told in one line.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import field
+from math import inf
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from study.errors import LetheError
+from study.plan import nearest
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ALIASES = {"output_dir": "out", "model": "model.name", "optimizer": "optimizer.name", "lr": "learning_rate"}
+
+# limits: (test, words); NaN fails every one of them
+POSITIVE = (lambda v: 0 < v < inf, "above 0")
+FROM_ZERO = (lambda v: 0 <= v < inf, "0 or more")
+FRACTION = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+SOME_TEXT = (lambda v: bool(v.strip()), "some text")
+
+
+def opt(default: Any, help: str, limit: tuple | None = None) -> Any:
+    """A leaf: its default, its line in --help, and which values it takes."""
+    return field(default=default, metadata={"help": help, "limit": limit})
+
+
+def leaves(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Dotted name -> (type, field) of every leaf of a (nested) configuration class, in order."""
+    found, hints = {}, typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            found |= leaves(hints[f.name], f"{prefix}{f.name}.")
+        elif f.init:
+            found[prefix + f.name] = (hints[f.name], f)
+    return found
+
+
+def flags_of(cls: type) -> dict[str, list[str]]:
+    """Flag -> the leaves it sets: each unique tail of a leaf's name, `_` for `.`; a stage leaf sets both stages."""
+    names = list(leaves(cls))
+    table: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        tails = ["_".join(parts[k:]) for k in range(len(parts))]
+        if parts[0] == "training":
+            tails.append(f"training_{parts[-1]}")
+        for tail in tails:
+            table.setdefault(tail, []).append(name)
+    for tail, hits in table.items():
+        if tail in names:
+            table[tail] = [tail]
+        elif len(hits) > 1:
+            stages = [h for h in hits if h.startswith("training.")]
+            table[tail] = stages if stages else hits
+    for alias, target in ALIASES.items():
+        target = target.replace(".", "_")
+        if alias not in names and target in table:
+            table[alias] = table[target]
+    return table
+
+
+def resolve(key: str, table: dict[str, list[str]], shown: str, where: str = "") -> list[str]:
+    """The leaves that `key` (`_`-joined) sets; LetheError with the nearest name when there is none or no single one."""
+    hits = table.get(key)
+    if hits is None:
+        close = difflib.get_close_matches(key, [*table, "help", "config"], n=1)
+        hint = f"; did you mean {_show(close[0], table, where)}?" if close else "; --help lists them all"
+        raise LetheError(f"{where}unknown {'key' if where else 'flag'} {shown}{hint}")
+    if len(hits) > 1 and not all(h.startswith("training.") for h in hits):
+        raise LetheError(f"{where}{shown} could be {' or '.join(hits)}; give the whole name")
+    return hits
+
+
+def _show(key: str, table: dict[str, list[str]], where: str) -> str:
+    return (table[key][0] if len(table[key]) == 1 else key) if where and key in table else f"--{key}"
+
+
+def read_flags(argv: list[str], cls: type) -> tuple[list[tuple[list[str], Any, str]], list[str]]:
+    """Split the command line into [(leaves, text, flag)] and the list of --config files."""
+    table, types = flags_of(cls), leaves(cls)
+    given, configs, position = [], [], 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--") or word == "--":
+            raise LetheError(f"'{word}' is not a flag; flags look like --seed 1 (--help lists them)")
+        flag, has_value, value = word.partition("=")
+        key = flag[2:].replace("-", "_").replace(".", "_")
+        negated = key.startswith("no_") and key not in table and key[3:] in table
+        hits = ["config"] if key == "config" else resolve(key[3:] if negated else key, table, flag)
+        if hits != ["config"] and types[hits[0]][0] is bool:
+            if not has_value:
+                ahead = argv[position].lower() if position < len(argv) else ""
+                value = "true"
+                if ahead in ("true", "false", "yes", "no"):
+                    value, position = ahead, position + 1
+            value = {"yes": "true", "no": "false"}.get(value.lower(), value.lower())
+            value = {"true": "false", "false": "true"}.get(value, value) if negated else value
+        elif negated:
+            resolve(key, table, flag)
+        elif not has_value:
+            if position == len(argv) or argv[position].startswith("--"):
+                raise LetheError(f"{flag} needs a value")
+            value, position = argv[position], position + 1
+        if hits == ["config"]:
+            configs.append(value)
+        else:
+            given.append((hits, value, flag))
+    return given, configs
+
+
+def read_yaml(path: str | Path, cls: type) -> list[tuple[list[str], Any, str]]:
+    """A YAML file as [(leaves, value, "file: key")]; `model: X` and tails of names are understood as in flags."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = [str(p) for p in sorted(CONFIGS.glob("*.yaml"))]
+        hint = nearest(path.name, [Path(p).name for p in known])
+        raise LetheError(f"no configuration file {path}{hint and hint + ' (in configs/)'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LetheError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise LetheError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise LetheError(f"{path}: a configuration is a list of 'key: value' lines, not a {type(tree).__name__}")
+    table, found = flags_of(cls), []
+    sections = {".".join(n.split(".")[:k]) for n in leaves(cls) for k in range(1, n.count(".") + 1)}
+
+    def walk(branch: dict, prefix: str) -> None:
+        for key, value in branch.items():
+            name = prefix + str(key).replace("-", "_")
+            if isinstance(value, dict) and name != "arms":
+                if name not in sections and name not in ("stage1", "stage2"):
+                    resolve(name.replace(".", "_"), table, f"'{name}'", f"{path}: ")
+                walk(value, name + ".")
+            elif value is not None or name not in sections:
+                found.append(
+                    (resolve(name.replace(".", "_"), table, f"'{name}'", f"{path}: "), value, f"{path}: {name}")
+                )
+
+    walk(tree, "")
+    return found
+
+
+def build(cls: type, layers: list[list[tuple[list[str], Any, str]]]) -> Any:
+    """Lay the layers over the defaults (later over earlier; within one, one stage over both) and type them."""
+    types = leaves(cls)
+    values, origin = {}, {}
+    for layer in layers:
+        for hits, value, shown in sorted(layer, key=lambda entry: -len(entry[0])):
+            for name in hits:
+                values[name], origin[name] = _prepare(value, types[name][0], name), shown
+    return _make(cls, {name: _typed(value, types[name], origin[name]) for name, value in values.items()})
+
+
+def _prepare(value: Any, kind: Any, name: str) -> Any:
+    """YAML niceties: lists for comma-separated leaves, numbers for text leaves; 'a,b' for list leaves."""
+    if name.endswith("lora.targets") and isinstance(value, str) and value != "all":
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if kind in (str, str | None):
+        if isinstance(value, list):
+            return ",".join(str(part) for part in value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+    return value
+
+
+def _typed(value: Any, leaf: tuple[Any, dataclasses.Field], shown: str) -> Any:
+    """One value, checked and converted by jsonargparse, then held to the leaf's own limit."""
+    kind, limit = leaf[0], leaf[1].metadata.get("limit")
+    wrong = LetheError(f"{shown} must be {_words(kind)}, not {value!r}")
+    parts = (kind, *typing.get_args(kind))
+    if isinstance(value, bool) and bool not in parts or value is None and type(None) not in parts:
+        raise wrong
+    if kind in (str, str | None) and isinstance(value, str):
+        result = None if kind is not str and value in ("null", "") else value
+    else:
+        from jsonargparse import ArgumentParser  # its import takes 0.1 s, so only where needed
+
+        parser = ArgumentParser(exit_on_error=False)  # one leaf at a time, so that an error is about this leaf
+        parser.add_argument("--value", type=kind)
+        try:
+            result = parser.parse_object({"value": value}).value
+        except Exception:  # jsonargparse raises several kinds, all with a page of text
+            options = [o for o in typing.get_args(kind) if isinstance(o, str)]
+            raise LetheError(f"{wrong}{nearest(str(value), options)}") from None
+    if result is not None and limit is not None:
+        fits, words = limit
+        if not fits(result):
+            raise LetheError(f"{shown} must be {words}, not {value!r}")
+    return result
+
+
+def _words(kind: Any) -> str:
+    parts = [p for p in typing.get_args(kind) if p is not type(None)]
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(parts)
+    known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if typing.get_origin(kind) is dict or typing.get_origin(parts[0] if parts else None) is dict:
+        return "a mapping of arms to settings"
+    return " or ".join(known.get(p, "a list of names") for p in parts) if parts else known[kind]
+
+
+def _make(cls: type, typed: dict[str, Any], prefix: str = "") -> Any:
+    hints, arguments = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            arguments[f.name] = _make(hints[f.name], typed, f"{prefix}{f.name}.")
+        elif prefix + f.name in typed:
+            arguments[f.name] = typed[prefix + f.name]
+    return cls(**arguments)
+
+
+def help_text(cls: type, examples: str, titles: dict[str, str]) -> str:
+    """The page of --help: common commands, then the flags by section (titles: its headings) with their defaults."""
+    lines, section, table = [examples], None, flags_of(cls)
+    for name, (_, f) in leaves(cls).items():
+        if name.startswith("training.stage2") or name == "arms":
+            continue
+        head, _, leaf = name.rpartition(".")
+        head = head.split(".")[0]
+        if head != section:
+            section = head
+            lines += ["", titles[head]]
+            if not head:
+                lines.append(f"  {'--config FILE':26s} a YAML file, for example configs/nano.yaml")
+        flag = head if leaf == "name" else f"lora_{leaf}" if head == "lora" else leaf
+        flag = flag if name in table.get(flag, []) else name
+        default = "" if f.default is None or f.default is False else f" [{f.default}]"
+        lines.append(f"  --{flag:24s} {f.metadata['help']}{default}")
+    return "\n".join(lines)

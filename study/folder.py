@@ -1,0 +1,357 @@
+"""The study folder: atomic writes, its identity, what is done, and where things lie.
+
+study.json holds the identity (model, data, hyper-parameters, seed) and the circumstances (command, versions, commit,
+hardware).  The same identity continues the study; another in the same folder is refused with the differences listed.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from study.config import config_text, to_dict
+from study.errors import LetheError
+from study.flags import leaves
+from study.plan import nearest
+
+# Leaves that choose within a study, or change how it runs but not what comes out: never part of the identity.
+NOT_IDENTITY = {
+    "datasets",
+    "data_root",
+    "pairs",
+    "stage",
+    "mask",
+    "out",
+    "seeds",
+    "device",
+    "strict",
+    "inspect",
+    "print_config",
+    "model.name",
+    "evaluation.batch_size",
+    "evaluation.tasks",
+    "evaluation.eval_items",
+}
+NOT_IDENTITY_STAGE = {"log_steps", "eval_steps", "save_steps", "gradient_checkpointing"}
+
+
+def write_error(path: Path, error: OSError) -> LetheError:
+    """An OSError of a write as one message with its mend."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LetheError(f"no space left for {path}; free some, then run the same command again: what is done is kept")
+    mend = "choose a folder that you may write to with --out"
+    return LetheError(f"cannot write {path}: {error.strerror or error}; {mend}")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """Gives a temporary path beside `path`; when the block ends well it is synced to disk and renamed over `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename stands all the same
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Atomic: readers see the old file or the whole new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Atomic, UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
+    """Atomic.  NaN and infinities become null, tensors' and arrays' scalars numbers, paths text."""
+    write_text(path, json.dumps(_plain(value), indent=indent, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    return str(value)
+
+
+def read_json(path: str | Path, default: Any = ...) -> Any:
+    """A JSON file; `default` where it is missing.  LetheError for a missing (no default) or damaged one."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is not ...:
+            return default
+        raise LetheError(f"no file {path}") from None
+    except json.JSONDecodeError as error:
+        raise LetheError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}), perhaps cut short; "
+            "move it away and run the same command again"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LetheError(f"{path}: cannot be read: {error}") from None
+
+
+def append_jsonl(path: str | Path, *rows: dict) -> None:
+    """Append one line per row.  A last line that a kill left half-written is removed first."""
+    path = Path(path)
+    text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(text.encode("utf-8"))
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The rows of a jsonl file ([] where missing); a half-written last line is passed over, any other is an error."""
+    path, rows = Path(path), []
+    if not path.exists():
+        return rows
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if not line.endswith("\n"):
+                    break
+                raise LetheError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+    return rows
+
+
+def is_done(run_dir: str | Path) -> bool:
+    """True when the run's manifest, written last of all, says so."""
+    manifest = read_json(Path(run_dir) / "run.json", default={})
+    return isinstance(manifest, dict) and manifest.get("status") == "done"
+
+
+def identity_of(config: Any, model: str, data: dict[str, str], seed: int | None = None) -> dict:
+    """What a study is: model fingerprint, one fingerprint per task, every leaf that changes results, and the seed.
+
+    `seed` overrides config.seed (several seeds are several trees).  Values are JSON-plain.
+    """
+    tree, found = to_dict(config), {}
+    for name in leaves(type(config)):
+        value: Any = tree
+        for part in name.split("."):
+            value = value[part]
+        if name in NOT_IDENTITY or name.startswith("training.") and name.split(".")[-1] in NOT_IDENTITY_STAGE:
+            continue
+        found[name] = value
+    if seed is not None:
+        found["seed"] = seed
+    return _plain({"model": model, "data": dict(data), "settings": found})
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Lines "learning_rate: 0.001 in the folder, 0.003 asked"; tasks that only one side knows do not differ."""
+    lines = []
+    if old.get("model") != new.get("model"):
+        lines.append(f"model fingerprint: {_short(old.get('model'))} in the folder, {_short(new.get('model'))} asked")
+    for task, fingerprint in new.get("data", {}).items():
+        before = old.get("data", {}).get(task, fingerprint)
+        if before != fingerprint:
+            lines.append(f"data of {task}: {_short(before)} in the folder, {_short(fingerprint)} asked")
+    before, after = old.get("settings", {}), new.get("settings", {})
+    both = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    for name in [*after, *(n for n in before if n not in after)]:
+        if name not in both:
+            continue
+        shown = name
+        if name.startswith("training.stage"):
+            twin = name.replace("stage1", "stage2") if "stage1" in name else name.replace("stage2", "stage1")
+            same = (before.get(twin), after.get(twin)) == (before.get(name), after.get(name))
+            if same and "stage2" in name:
+                continue
+            shown = name.split(".")[-1] if same else name.removeprefix("training.")
+        lines.append(f"{shown}: {_value(before.get(name))} in the folder, {_value(after.get(name))} asked")
+    return lines
+
+
+def _short(fingerprint: Any) -> str:
+    return str(fingerprint)[:12]
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """An opened study: its path, and study.json as a dict."""
+
+    path: Path
+    record: dict
+
+    def dir(self, run_folder: str) -> Path:
+        return self.path / run_folder
+
+
+def open_study(
+    path: str | Path, config: Any, identity: dict, extra: dict | None = None, argv: list[str] | None = None
+) -> StudyFolder:
+    """Make or continue the study at `path` (write config.yaml and study.json); LetheError when it is another study.
+
+    `extra` adds circumstances worth keeping (say, the template); its dicts grow when a study is continued.
+    Call it on one process only.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise LetheError(f"{path} is a file; choose a folder with --out")
+    identity, now = _plain(identity), circumstances(argv)
+    record = read_json(path / "study.json", default=None)
+    if record is None:
+        record = {"identity": identity, **now, **_plain(extra or {})}
+    else:
+        if not isinstance(record, dict) or "identity" not in record:
+            raise LetheError(f"{path / 'study.json'} is not a study's record; choose another folder with --out")
+        lines = differences(record["identity"], identity)
+        if lines:
+            raise LetheError(
+                f"{path} holds another study:\n  "
+                + "\n  ".join(lines)
+                + "\nchoose another folder with --out, or ask for the same settings to continue it"
+            )
+        record["identity"]["data"] = {**record["identity"].get("data", {}), **identity["data"]}
+        for key, value in _plain(extra or {}).items():  # a selection must not forget the tasks of an earlier one
+            both = isinstance(value, dict) and isinstance(record.get(key), dict)
+            record[key] = {**record[key], **value} if both else value
+        again = {key: now[key] for key in ("command", "commit", "started")}
+        record["continued"] = [*record.get("continued", []), again][-20:]
+    write_text(path / "config.yaml", config_text(config))
+    write_json(path / "study.json", record)
+    return StudyFolder(path, record)
+
+
+def circumstances(argv: list[str] | None = None) -> dict:
+    """Command, versions, commit, hardware and time of this process, for study.json and results that are published."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "numpy", "safetensors", "tokenizers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    words = list(sys.argv if argv is None else argv)
+    return {
+        "command": "python " + shlex.join(words),
+        "versions": versions,
+        "commit": commit(),
+        "hardware": hardware(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def commit() -> dict | None:
+    """{"hash", "dirty"} of this source tree; None when it is no git checkout or git is missing."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parent.parent
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+
+    try:
+        return {
+            "hash": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> dict:
+    """Processor, cores, memory (GiB) and CUDA devices of this machine."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        name = found[1].strip() if found else name
+    memory = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": memory,
+        "gpus": gpus,
+    }
+
+
+def expand_out(template: str, model_name: str) -> Path:
+    """--out with {model} (the last part of the model's name) and {timestamp} (20260131_142500) filled in."""
+    model = re.sub(r"[^\w.+-]", "_", os.path.basename(str(model_name).rstrip("/\\"))) or "model"
+    known = {"model": model, "timestamp": time.strftime("%Y%m%d_%H%M%S")}
+
+    def fill(match: re.Match) -> str:
+        if match[1] not in known:
+            raise LetheError(f"--out: unknown {{{match[1]}}}{nearest(match[1], known)}")
+        return known[match[1]]
+
+    return Path(re.sub(r"\{(\w*)\}", fill, template)).expanduser()
+
+
+def seed_folders(path: str | Path) -> list[Path]:
+    """The trees of a study: seed0/, seed1/ ... where it has several seeds, else the folder itself."""
+    path = Path(path)
+    seeds = [p for p in path.glob("seed*") if re.fullmatch(r"seed\d+", p.name) and p.is_dir()]
+    return sorted(seeds, key=lambda p: int(p.name[4:])) or [path]
+
+
+def newest_study(root: str | Path = "out") -> Path:
+    """The study under `root` (up to three levels down) that was begun or continued last."""
+    root = Path(root)
+    found = [p for depth in ("", "*/", "*/*/", "*/*/*/") for p in root.glob(depth + "study.json")]
+    if not found:
+        raise LetheError(f"no study under {root}/; train one first (python train.py) or name one with --root")
+    newest = max(found, key=lambda p: p.stat().st_mtime_ns).parent
+    return newest.parent if re.fullmatch(r"seed\d+", newest.name) and newest != root else newest
+
+
+def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+    """Atomic: all rows, a line each."""
+    write_text(path, "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows))

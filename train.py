@@ -1,0 +1,405 @@
+"""Trains LoRA adapters on one task after another, under different token masks, and scores what is forgotten.
+
+    python train.py                                    # the built-in study: nano model, three tasks, both stages, three arms
+    torchrun train.py --stage 2 --mask bottom10        # every ordered pair of tasks, this arm
+    python train.py --config configs/masking.yaml --model meta-llama/Llama-3.2-1B-Instruct
+
+Read from `fit` (one optimizer step after another) to `train_run` (one adapter) to `run_study` (all of them, then eval.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import eval as evaluation
+from data.batching import Examples, Micro, collate, step_indices, steps_of, tokenize
+from kernels import linear_nll
+from lora.adapter import adapter_fingerprint, load_adapter, save_adapter
+from lora.layers import add_lora, dropout_keys, dropout_rows, lora_parameters, remove_lora
+from masking.inspect import as_page, in_terminal, masked_example, masked_markdown
+from masking.score import dataset_weights, example_weights, score_examples
+from model.llama import Llama
+from optim.masters import collect_gradients, make_masters, write_back
+from optim.schedule import lr_factor
+from study.config import Config, config_text, parse, parse_seeds, stage_config
+from study.errors import LetheError
+from study.folder import StudyFolder, expand_out, identity_of, is_done, open_study, write_json, write_text
+from study.logging import RunLog, format_table, memory_gib, progress
+from study.plan import Run, arm_label, parse_arms, plan_runs
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass
+class Step:
+    """What one optimizer step did. loss is the weighted mean nll of the kept completion tokens, in nats."""
+
+    number: int
+    loss: float
+    kept: float  # share of the completion tokens with a weight above 0
+    tokens: int  # tokens of the batch, prompts included, padding not
+    learning_rate: float
+    grad_norm: float
+    outcome: str  # "stepped"; "skipped": nothing was kept; "overflowed": float16 gradients were not finite
+
+
+def fit(
+    model: Llama,
+    parameters: list[nn.Parameter],
+    make_optimizers: Callable[[list[nn.Parameter]], list[torch.optim.Optimizer]],
+    batches: Callable[[int], list[Micro]],
+    total_steps: int,
+    *,
+    schedule: str = "cosine",
+    warmup: int = 0,
+    floor: float = 0.0,
+    max_grad_norm: float = 1.0,
+    normalize: str = "kept",
+    online_weights: Callable[[Tensor, Micro], Tensor] | None = None,
+    seed: int = 0,
+) -> Iterator[Step]:
+    """Trains `parameters`, yielding after each optimizer step.
+
+    The loss of a step is sum(w * nll) / sum(w) over all its micro-batches (normalize "all": / completion tokens), so it
+    does not matter how the step is split. batches(step) gives the micro-batches; where one has no weights of its own,
+    online_weights(nll, micro) decides them from this pass's losses. Optimizers step on float32 masters.
+    Raises LetheError when a loss is not finite, naming the step and its examples.
+    """
+    masters = make_masters(parameters)
+    optimizers = make_optimizers(masters)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    # float16 gradients underflow without a loss scale; bfloat16 and float32 need none.
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    model.train()
+    for number in range(total_steps):
+        factor = lr_factor(number, total_steps, warmup, schedule, floor)
+        for optimizer, rates in zip(optimizers, peaks, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+
+        # Forward and backward. Gradients gather sum(w * nll) / count; the true denominator is known at the end.
+        micros = batches(number)
+        count = sum(len(micro.targets) for micro in micros)
+        loss_sum = weight_sum = kept = torch.zeros((), dtype=torch.float64, device=model.device)
+        for micro in micros:
+            micro = micro.to(model.device)
+            keys = dropout_keys(seed, number, micro.examples, micro.input_ids.shape[1])
+            with dropout_rows(model, keys):
+                states = model.hidden(micro.input_ids, rows=micro.rows)  # (n, H)
+                nll = linear_nll(states, model.head_weight, micro.targets)  # (n,)
+                weights = online_weights(nll.detach(), micro) if micro.weights is None else micro.weights
+                weighted = (nll * weights).sum()
+                scaler.scale(weighted / count).backward()
+            loss_sum = loss_sum + weighted.detach()
+            weight_sum = weight_sum + weights.sum(dtype=torch.float64)
+            kept = kept + (weights > 0).sum()
+
+        # One global denominator, then clip and step.
+        denominator = float(weight_sum) if normalize == "kept" else float(count)
+        loss = float(loss_sum) / denominator if denominator else 0.0
+        if not np.isfinite(loss):
+            raise LetheError(
+                f"the loss is {loss} at step {number} (examples {[i for m in micros for i in m.examples.tolist()][:8]} …); "
+                "lower --learning_rate, or with --dtype float16 use bfloat16 or float32"
+            )
+        collect_gradients(parameters, masters)
+        outcome, grad_norm = "stepped", 0.0
+        if float(weight_sum) == 0:
+            outcome = "skipped"
+        else:
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            for master in masters:
+                if master.grad is not None:
+                    master.grad.mul_(count / denominator)
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(masters, max_grad_norm or float("inf")))
+            scale = scaler.get_scale()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            outcome = "overflowed" if scaler.is_enabled() and scaler.get_scale() < scale else "stepped"
+            write_back(parameters, masters)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        tokens = sum(micro.tokens for micro in micros)
+        yield Step(number, loss, float(kept) / count, tokens, peaks[0][0] * factor, grad_norm, outcome)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+@dataclass
+class Bench:
+    """What all runs of a study share: the base stays loaded, tokens and scores are made once."""
+
+    config: Config
+    subject: evaluation.Subject
+    tasks: dict[str, evaluation.Task]
+    study: StudyFolder
+    seed: int
+
+    def examples(self, task: str, max_train: int | None) -> Examples:
+        """The task's training examples, tokenised once and mapped from the study folder."""
+        found = self.tasks[task]
+        return tokenize(found.train(), self.subject.tokenizer, self.config.max_length, found.fingerprint, self.study.path / "tokens", max_train)
+
+    def scores(self, adapter: str | None, examples: Examples) -> np.ndarray:
+        """nll of all completion tokens under base + adapter (a run folder; None: the base), cached."""
+        model = self.subject.model
+        reference = "base"
+        if adapter is None:
+            remove_lora(model)
+        else:
+            folder = self.study.dir(adapter)
+            load_adapter(model, folder)
+            reference = adapter_fingerprint(folder)
+        with progress(len(examples), "perplexity", "examples") as bar:
+            return score_examples(model, examples, reference, self.study.path / "perplexity", progress=bar.update)
+
+    def mask_settings(self) -> dict:
+        m = self.config.masking
+        return {"threshold": m.threshold, "group_size": m.group_size, "overlap_ratio": m.overlap_ratio, "ratio": m.ratio,
+                "direction": m.direction, "match": m.match, "tau": m.tau}  # fmt: skip
+
+
+def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarray | None, dict, np.ndarray | None]:
+    """(weights, statistics, nll) of a run's completions. Weights are None for --reference online: the loop decides them."""
+    masking = bench.config.masking
+    if run.arm == "none":
+        return *dataset_weights(examples, "none", {}, None), None
+    if masking.reference == "online":
+        if run.arm in ("dpf", "stm_dpf"):
+            raise LetheError(f"--mask {run.arm} compares two stored models; give --reference start or base")
+        return None, {"completion_tokens": int(examples.completion_offsets[-1])}, None
+    nll = bench.scores(run.parent if masking.reference == "start" else None, examples)
+    # The difference filters ask whether a model trained plainly on this very task finds the token harder.
+    other = bench.scores(f"lora_base/{run.second}", examples) if run.arm in ("dpf", "stm_dpf") else None
+    weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, masking.mask_end, bench.seed)
+    return weights, stats, nll
+
+
+def train_run(bench: Bench, run: Run, label: str) -> None:
+    """Trains one adapter and writes it, its log and, last, its manifest run.json."""
+    config, model, folder = bench.config, bench.subject.model, bench.study.dir(run.folder)
+    settings, max_train = stage_config(config, run.stage, run.arm)
+    if folder.exists():  # a run that was cut short begins anew: same seed, same bits
+        shutil.rmtree(folder)
+    examples = bench.examples(run.task, max_train)
+    weights, mask_stats, nll = masked_weights(bench, run, examples)
+
+    # The adapter: a fresh one, or the first stage's, continued.
+    if run.parent is None:
+        add_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets, config.lora.rslora,
+                 torch.Generator().manual_seed(bench.seed))  # fmt: skip
+    else:
+        load_adapter(model, bench.study.dir(run.parent), dropout=config.lora.dropout)
+    parameters = lora_parameters(model)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+
+    # Steps. One is batch_size * gradient_accumulation examples; how they are split changes nothing but memory.
+    per_step = settings.batch_size * settings.gradient_accumulation
+    total = steps_of(len(examples), per_step, settings.epochs, settings.max_steps)
+
+    def batches(step: int) -> list[Micro]:
+        return collate(examples, step_indices(len(examples), per_step, bench.seed, step), settings.batch_size, weights)
+
+    def online(losses: Tensor, micro: Micro) -> Tensor:
+        parts = []
+        for index, part in zip(micro.examples.tolist(), losses.split(micro.sizes), strict=True):
+            generator = torch.Generator().manual_seed(bench.seed * 1_000_003 + index)
+            parts.append(example_weights(part.cpu().numpy(), run.arm, bench.mask_settings(), config.masking.mask_end, generator=generator))
+        return torch.cat(parts).to(losses.device)
+
+    def optimizers(masters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        o = config.optimizer
+        return [torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=settings.weight_decay)]
+
+    steps = fit(
+        model, parameters, optimizers, batches, total,
+        schedule=settings.scheduler, warmup=round(settings.warmup_ratio * total), max_grad_norm=settings.max_grad_norm,
+        normalize="all" if run.arm == "soft" else config.masking.normalize, online_weights=online, seed=bench.seed,
+    )  # fmt: skip
+
+    began, tokens, outcomes, kept, recent = time.perf_counter(), 0, {}, [], []
+    with RunLog(bench.study.path, run.folder) as log, progress(total, label, "steps") as bar:
+        log_masked_examples(bench, log, examples, nll, weights)
+        for step in steps:
+            tokens += step.tokens
+            outcomes[step.outcome] = outcomes.get(step.outcome, 0) + 1
+            kept.append(step.kept)
+            recent.append(step.loss)
+            number, speed = step.number + 1, tokens / (time.perf_counter() - began)
+            bar.update(1, loss=step.loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
+            if number % settings.log_steps == 0 or number in (1, total):
+                values = {"train/loss": float(np.mean(recent)), "train/learning_rate": step.learning_rate, "train/grad_norm": step.grad_norm,
+                          "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()}  # fmt: skip
+                log.scalars(values, number, tokens=tokens)
+                recent.clear()
+            if settings.eval_steps and number % settings.eval_steps == 0:
+                log.scalars(held_out_scores(bench, run), number)
+        seconds = time.perf_counter() - began
+        last_loss = float(np.mean([step.loss])) if not recent else float(np.mean(recent))
+        log.hparams({"stage": run.stage, "arm": run.arm, "first": run.first, "second": run.second, "seed": bench.seed,
+                     "learning_rate": settings.learning_rate, "epochs": settings.epochs, "examples_per_step": per_step,
+                     "lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha},
+                    {"train/final_loss": last_loss, "train/dropped_share": 1 - float(np.mean(kept))}, total)  # fmt: skip
+
+    if weights is None:
+        mask_stats["dropped_share"] = 1 - float(np.mean(kept))
+    if not outcomes.get("stepped"):
+        raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({outcomes}): the mask keeps no token; raise --threshold")
+    save_adapter(model, folder, bench.subject.name)
+    write_json(folder / "run.json", {
+        "status": "done", "run": run.__dict__, "steps": total, "outcomes": outcomes, "tokens": tokens, "seconds": round(seconds, 3),
+        "examples": len(examples), "data": examples.report, "mask": mask_stats, "reference": config.masking.reference if run.arm != "none" else None,
+        "template": bench.subject.tokenizer.template, "dtype": str(model.dtype).removeprefix("torch."), "seed": bench.seed,
+        "base_fingerprint": model.fingerprint, "adapter_fingerprint": adapter_fingerprint(folder),
+        "learning_rate": settings.learning_rate, "final_loss": last_loss, "memory_gib": memory_gib(),
+    })  # fmt: skip
+    note = "".join(f", {count} {outcome}" for outcome, count in outcomes.items() if outcome != "stepped")
+    print(f"{label}  {total:4d} steps{note}  loss {last_loss:6.3f}  dropped {mask_stats['dropped_share']:5.1%}  "
+          f"{tokens / seconds / 1000:5.1f} k tok/s  {seconds:6.1f} s", flush=True)  # fmt: skip
+
+
+def held_out_scores(bench: Bench, run: Run) -> dict[str, float]:
+    """Exact match and answer nll on the first test items of the run's tasks, while it trains."""
+    values = {}
+    for name in filter(None, (run.first, run.second)):
+        items = evaluation.score_task(
+            bench.subject.model, bench.subject.tokenizer, bench.tasks[name], max_test=bench.config.evaluation.eval_items,
+            max_length=bench.config.max_length, batch_size=bench.config.evaluation.batch_size,
+            max_new_tokens=bench.config.evaluation.max_new_tokens, quiet=True,
+        )  # fmt: skip
+        values[f"eval/{name}/exact_match"] = float(np.mean([item["exact_match"] for item in items]))
+        values[f"eval/{name}/answer_nll"] = float(np.mean([item["answer_nll"] for item in items]))
+    return values
+
+
+def log_masked_examples(bench: Bench, log: RunLog, examples: Examples, nll: np.ndarray | None, weights: np.ndarray | None) -> None:
+    """Two examples with their dropped tokens struck through, and the histogram of token perplexities."""
+    if nll is not None:
+        log.histogram("mask/log10_perplexity", nll / np.log(10))
+    if weights is not None:
+        for index in range(min(2, len(examples))):
+            log.text(f"mask/example_{index}", masked_markdown(*masked_example(examples, index, nll, weights, bench.subject.tokenizer)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole study
+
+
+def run_study(config: Config, argv: list[str]) -> None:
+    began = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LetheError("one process at a time: use --nproc-per-node 1")
+    tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
+    arms = parse_arms(config.mask)
+    runs = plan_runs(list(tasks), arms, config.pairs, config.stage)
+    root = expand_out(config.out, config.model.name)
+    subject = evaluation.load_subject(config.model.name, config.device, config.dtype, config.template)
+    print(subject.about)
+    seeds = parse_seeds(config)
+    for seed in seeds:
+        tree = root if config.seeds is None else root / f"seed{seed}"
+        identity = identity_of(config, subject.model.fingerprint, {name: task.fingerprint for name, task in tasks.items()}, seed)
+        specs = {name: {"name": task.spec, "data_root": str(Path(config.data_root).resolve())} for name, task in tasks.items()}
+        study = open_study(tree, config, identity, {"tasks": specs, "model": config.model.name, "template": subject.tokenizer.template}, argv)
+        bench = Bench(config, subject, tasks, study, seed)
+        if config.inspect:
+            show_masks(bench, runs, arms)
+            continue
+        todo = [run for run in runs if not is_done(study.dir(run.folder))]
+        print(f"\nstudy      {tree}   seed {seed}")
+        print(plan_lines(bench, runs, len(runs) - len(todo)))
+        for number, run in enumerate(todo, 1):
+            name = run.first if run.stage == 1 else f"{run.first} > {run.second}"
+            train_run(bench, run, f"{number:3d}/{len(todo)} stage {run.stage}  {name:32s} {arm_label(run.arm) if run.stage == 2 else '':15s}")
+        scored = evaluation.score_study(tree, config, subject, tasks)
+        if not todo and not scored:
+            print("nothing to do: every run is trained and every cell is scored")
+    if not config.inspect:
+        evaluation.report(root)
+        print(f"took       {time.perf_counter() - began:.0f} s")
+
+
+def plan_lines(bench: Bench, runs: list[Run], done: int) -> str:
+    """What will run, with the derived quantities, once."""
+    config, lines = bench.config, []
+    lines.append(f"settings   {', '.join(map(str, config.sources)) or 'defaults'}; adapters r {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}")
+    stages = sorted({run.stage for run in runs})
+    table = []
+    for name, task in bench.tasks.items():
+        row = [name]
+        found = bench.examples(name, config.max_train)
+        row += [len(found), len(task.test[: config.max_test]), found.report["length_p50_p95_max"][0], found.report["trainable_tokens"]]
+        row += [found.report["truncated_prompts"], found.report["answers_too_long"]]
+        for stage in stages:
+            settings, max_train = stage_config(config, stage)
+            per_step = settings.batch_size * settings.gradient_accumulation
+            row.append(steps_of(len(bench.examples(name, max_train)), per_step, settings.epochs, settings.max_steps))
+        table.append(row)
+    headers = ["task", "train", "test", "median tokens", "trainable tokens", "cut prompts", "dropped", *(f"stage {s} steps" for s in stages)]
+    lines.append(format_table(table, headers))
+    lines.append(f"plan       {len(runs)} runs, {done} done before")
+    return "\n".join(lines)
+
+
+def show_masks(bench: Bench, runs: list[Run], arms: list[str]) -> None:
+    """--inspect N: kept and dropped tokens of the first N examples of each pair and arm, here and as an HTML page."""
+    config = bench.config
+    for run in runs:
+        if run.stage != 2 or run.arm == "none":
+            continue
+        if config.masking.reference == "start" and not is_done(bench.study.dir(run.parent)):
+            # Nothing is trained here, so without the stage-1 adapter the base stands in, and the page says so.
+            print(f"{run.parent} is not trained yet: the base's perplexities are shown instead of the start model's")
+            bench_reference = None
+        else:
+            bench_reference = run.parent if config.masking.reference == "start" else None
+        examples = bench.examples(run.second, stage_config(config, 2, run.arm)[1])
+        nll = bench.scores(bench_reference, examples)
+        other = bench.scores(f"lora_base/{run.second}", examples) if run.arm in ("dpf", "stm_dpf") else None
+        weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, config.masking.mask_end, bench.seed)
+        shown = [masked_example(examples, i, nll, weights, bench.subject.tokenizer) for i in range(min(config.inspect, len(examples)))]
+        title = f"{arm_label(run.arm)}: {run.first} > {run.second}"
+        subtitle = (f"perplexity under {bench_reference or 'the base'}; {stats['dropped_share']:.1%} of {stats['completion_tokens']} completion tokens "
+                    f"dropped, {stats['emptied_examples']} examples left with their end token alone")  # fmt: skip
+        print(f"\n{title}\n{subtitle}")
+        for prompt, tokens in shown:
+            print("\n" + in_terminal(prompt, tokens, sys.stdout.isatty()))
+        page = bench.study.path / "inspect" / f"{arm_label(run.arm)}_{run.first}_to_{run.second}.html"
+        write_text(page, as_page(title, subtitle, shown))
+        print(f"\npage       {page}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse(argv)
+        if config.print_config:
+            print(config_text(config), end="")
+            return 0
+        run_study(config, ["train.py", *argv])
+    except LetheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
