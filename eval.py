@@ -31,10 +31,11 @@ from model.llama import Llama
 from model.tokenizer import Tokenizer, load_tokenizer
 from study.config import Config, EvalConfig, parse, parse_eval
 from study.errors import LetheError
-from study.folder import is_done, newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
+from study.folder import newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
 from study.logging import RunLog, format_table, progress
-from study.plan import Run, cells_to_score
-from study.plots import draw_all, figures, summary_table
+from study.plan import MASKS, Run, cells_to_score
+from study.plots import draw_all, figures
+from study.results import summary_table
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model and the tasks
@@ -114,7 +115,8 @@ def score_task(
         text = tokenizer.decode(output).strip()
         scores = score_answer(task.answer_kind, text, record.answer)
         prompt = tokenizer.decode(ids, skip_special=False)
-        items.append({"prompt": prompt, "output": text, "reference": record.answer, **scores, "answer_nll": loss, "tokens": len(output), "group": record.group})
+        items.append({"prompt": prompt, "output": text, "reference": record.answer, **scores, "correct": scores["exact_match"],
+                      "answer_nll": loss, "tokens": len(output), "group": record.group})  # fmt: skip
     return items
 
 
@@ -161,7 +163,8 @@ def trained_runs(tree: Path) -> list[Run]:
     """The finished runs of a study, as their manifests say, stage 1 first."""
     found = [read_json(file) for file in sorted(tree.glob("**/run.json"))]
     runs = [Run(**record["run"]) for record in found if record.get("status") == "done"]
-    return sorted(runs, key=lambda run: (run.stage, run.first, run.second or "", run.arm))
+    arms = [*MASKS, *(run.arm for run in runs)]
+    return sorted(runs, key=lambda run: (run.stage, run.first, run.second or "", arms.index(run.arm)))
 
 
 def cell_file(tree: Path, run: Run | None, task: str) -> Path:
@@ -173,36 +176,35 @@ def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, T
     runs = [run for run in trained_runs(tree) if run.first in tasks and (run.second is None or run.second in tasks)]
     cells = [(run, name) for run, name in cells_to_score(runs, list(tasks)) if only is None or name in only]
     missing = [(run, name) for run, name in cells if not cell_file(tree, run, name).is_file()]
-    placed: Run | None | str = "nothing yet"
-    for number, (run, name) in enumerate(missing, 1):
-        if run != placed:  # cells come run by run, so an adapter is loaded once
-            if run is None:
-                remove_lora(subject.model)
-            else:
-                load_adapter(subject.model, tree / run.folder)
-            placed = run
-        began = time.perf_counter()
-        settings = config.evaluation
-        items = score_task(
-            subject.model, subject.tokenizer, tasks[name], max_test=config.max_test, max_length=config.max_length,
-            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
-        )  # fmt: skip
-        write_jsonl(cell_file(tree, run, name), items)
-        hits = sum(item["exact_match"] for item in items)
+    by_run = {run: [name for other, name in missing if other == run] for run, _ in missing}
+    for number, (run, names) in enumerate(by_run.items(), 1):
+        began, told = time.perf_counter(), []
+        if run is None:
+            remove_lora(subject.model)
+        else:
+            load_adapter(subject.model, tree / run.folder)
+        for name in names:
+            items = score_task(
+                subject.model, subject.tokenizer, tasks[name], max_test=config.max_test, max_length=config.max_length,
+                batch_size=config.evaluation.batch_size, max_new_tokens=config.evaluation.max_new_tokens,
+            )  # fmt: skip
+            write_jsonl(cell_file(tree, run, name), items)
+            told.append(f"{name} {np.mean([item['exact_match'] for item in items]):6.1%}")
         where = run.folder if run else "base"
-        print(f"  scored {number:3d}/{len(missing)}  {where:45s} on {name:16s} exact match {hits / len(items):6.1%}  {time.perf_counter() - began:5.1f} s", flush=True)
+        print(f"{number:3d}/{len(by_run)} score    {where:45s}  {'  '.join(told)}  {time.perf_counter() - began:6.1f} s", flush=True)
     remove_lora(subject.model)
     return len(missing)
 
 
 def result_rows(tree: Path, seed: int) -> list[dict]:
     """All scored cells of one tree as rows {run, arm, stage, first, second, task, metric, value, low, high, n, unparsed, seed}."""
-    rows = []
+    rows, order = [], list(read_json(tree / "study.json")["tasks"])
     for run in [None, *trained_runs(tree)]:
         folder = run.folder if run else "base"
         who = {"run": folder, "arm": run.arm if run else "base", "stage": run.stage if run else 0,
                "first": run.first if run else None, "second": run.second if run else None}  # fmt: skip
-        for file in sorted((tree / folder / "eval").glob("*.jsonl")):
+        files = [tree / folder / "eval" / f"{task}.jsonl" for task in order]
+        for file in filter(Path.is_file, files):
             rows += [{**who, "task": file.stem, **row, "seed": seed} for row in summarise(read_jsonl(file))]
     return rows
 
@@ -260,7 +262,7 @@ def evaluate_study(arguments: EvalConfig) -> None:
             raise LetheError(f"{record['model']} is not the model that this study was trained on; its weights have changed")
         print(subject.about)
         scored = sum(score_study(tree, config, subject, tasks, only) for tree in trees)
-        print(f"scored     {scored} missing cells" if scored else "scored     nothing: every cell was there")
+        print(f"scored     {scored} missing cell{'s' * (scored > 1)}" if scored else "scored     nothing: every cell was there")
     report(root)
 
 
@@ -297,6 +299,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; what was scored is kept, the same command goes on", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch_size", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that may not be read
+        print(f"error: {error.filename or 'file system'}: {error.strerror or error}; what is done is kept", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import eval as evaluation
 from data.batching import Examples, Micro, collate, step_indices, steps_of, tokenize
+from data.records import Report
 from kernels import linear_nll
 from lora.adapter import adapter_fingerprint, load_adapter, save_adapter
 from lora.layers import add_lora, dropout_keys, dropout_rows, lora_parameters, remove_lora
@@ -152,8 +153,9 @@ class Bench:
 
     def examples(self, task: str, max_train: int | None) -> Examples:
         """The task's training examples, tokenised once and mapped from the study folder."""
-        found = self.tasks[task]
-        return tokenize(found.train(), self.subject.tokenizer, self.config.max_length, found.fingerprint, self.study.path / "tokens", max_train)
+        found, bad_rows = self.tasks[task], Report()
+        records = found.train(report=bad_rows)
+        return tokenize(records, self.subject.tokenizer, self.config.max_length, found.fingerprint, self.study.path / "tokens", max_train, bad_rows)
 
     def scores(self, adapter: str | None, examples: Examples) -> np.ndarray:
         """nll of all completion tokens under base + adapter (a run folder; None: the base), cached."""
@@ -180,8 +182,6 @@ def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarr
     if run.arm == "none":
         return *dataset_weights(examples, "none", {}, None), None
     if masking.reference == "online":
-        if run.arm in ("dpf", "stm_dpf"):
-            raise LetheError(f"--mask {run.arm} compares two stored models; give --reference start or base")
         return None, {"completion_tokens": int(examples.completion_offsets[-1])}, None
     nll = bench.scores(run.parent if masking.reference == "start" else None, examples)
     # The difference filters ask whether a model trained plainly on this very task finds the token harder.
@@ -259,7 +259,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     if weights is None:
         mask_stats["dropped_share"] = 1 - float(np.mean(kept))
     if not outcomes.get("stepped"):
-        raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({outcomes}): the mask keeps no token; raise --threshold")
+        raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({outcomes}): the mask keeps no token; raise --{'tau' if run.arm == 'soft' else 'threshold'}")
     save_adapter(model, folder, bench.subject.name)
     write_json(folder / "run.json", {
         "status": "done", "run": run.__dict__, "steps": total, "outcomes": outcomes, "tokens": tokens, "seconds": round(seconds, 3),
@@ -306,7 +306,10 @@ def run_study(config: Config, argv: list[str]) -> None:
         raise LetheError("one process at a time: use --nproc-per-node 1")
     tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
     arms = parse_arms(config.mask)
+    refuse_masks(config, arms)
     runs = plan_runs(list(tasks), arms, config.pairs, config.stage)
+    involved = {name for run in runs for name in (run.first, run.second)}
+    tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name)
     subject = evaluation.load_subject(config.model.name, config.device, config.dtype, config.template)
     print(subject.about)
@@ -326,7 +329,8 @@ def run_study(config: Config, argv: list[str]) -> None:
         for number, run in enumerate(todo, 1):
             name = run.first if run.stage == 1 else f"{run.first} > {run.second}"
             train_run(bench, run, f"{number:3d}/{len(todo)} stage {run.stage}  {name:32s} {arm_label(run.arm) if run.stage == 2 else '':15s}")
-        scored = evaluation.score_study(tree, config, subject, tasks)
+        only = {name.strip() for name in config.evaluation.tasks.split(",")} if config.evaluation.tasks else None
+        scored = evaluation.score_study(tree, config, subject, tasks, only)
         if not todo and not scored:
             print("nothing to do: every run is trained and every cell is scored")
     if not config.inspect:
@@ -334,25 +338,39 @@ def run_study(config: Config, argv: list[str]) -> None:
         print(f"took       {time.perf_counter() - began:.0f} s")
 
 
+def refuse_masks(config: Config, arms: list[str]) -> None:
+    """Settings under which an arm could not run, told before anything is trained."""
+    masking = config.masking
+    by_threshold = {"highest", "stm_dpf"} | ({"lowest", "random"} if masking.match == "highest" else set())
+    for arm in arms:
+        if masking.threshold == 0 and arm in by_threshold:
+            raise LetheError(f"--mask {arm} drops what lies above --threshold, a perplexity: it must be above 0 (dpf alone takes 0, a difference)")
+        if masking.reference == "online" and arm in ("dpf", "stm_dpf"):
+            raise LetheError(f"--mask {arm} compares two stored models; give --reference start or base")
+
+
 def plan_lines(bench: Bench, runs: list[Run], done: int) -> str:
-    """What will run, with the derived quantities, once."""
-    config, lines = bench.config, []
-    lines.append(f"settings   {', '.join(map(str, config.sources)) or 'defaults'}; adapters r {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}")
+    """What will run, with the derived quantities, once; and which rows of the data were bad."""
+    config = bench.config
+    source = ", ".join(os.path.relpath(path) for path in config.sources) or "the defaults"
+    lines = [f"settings   {source}; LoRA r {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}"]
     stages = sorted({run.stage for run in runs})
-    table = []
+    table, bad = [], []
     for name, task in bench.tasks.items():
-        row = [name]
         found = bench.examples(name, config.max_train)
-        row += [len(found), len(task.test[: config.max_test]), found.report["length_p50_p95_max"][0], found.report["trainable_tokens"]]
-        row += [found.report["truncated_prompts"], found.report["answers_too_long"]]
+        report = found.report
+        bad += [*report["bad_rows_shown"], *(f"{where}: {reason}" for where, reason in (task.test_report or Report()).dropped)]
+        row = [name, len(found), len(task.test[: config.max_test]), report["length_p50_p95_max"][0], report["trainable_tokens"],
+               report["truncated_prompts"], report["answers_too_long"], report["bad_rows"]]  # fmt: skip
         for stage in stages:
             settings, max_train = stage_config(config, stage)
             per_step = settings.batch_size * settings.gradient_accumulation
             row.append(steps_of(len(bench.examples(name, max_train)), per_step, settings.epochs, settings.max_steps))
         table.append(row)
-    headers = ["task", "train", "test", "median tokens", "trainable tokens", "cut prompts", "dropped", *(f"stage {s} steps" for s in stages)]
-    lines.append(format_table(table, headers))
-    lines.append(f"plan       {len(runs)} runs, {done} done before")
+    headers = ["task", "train", "test", "median tokens", "answer tokens", "cut prompts", "too long", "bad rows"]
+    lines.append(format_table(table, headers + [f"stage {stage} steps" for stage in stages]))
+    lines += [f"dropped    {line}" for line in bad[:20]]
+    lines.append(f"plan       {len(runs)} runs, {done} of them done before")
     return "\n".join(lines)
 
 
@@ -370,7 +388,11 @@ def show_masks(bench: Bench, runs: list[Run], arms: list[str]) -> None:
             bench_reference = run.parent if config.masking.reference == "start" else None
         examples = bench.examples(run.second, stage_config(config, 2, run.arm)[1])
         nll = bench.scores(bench_reference, examples)
-        other = bench.scores(f"lora_base/{run.second}", examples) if run.arm in ("dpf", "stm_dpf") else None
+        other = None
+        if run.arm in ("dpf", "stm_dpf"):
+            if not is_done(bench.study.dir(f"lora_base/{run.second}")):
+                raise LetheError(f"--mask {run.arm} needs lora_base/{run.second}, which is not trained yet; run --stage 1 first")
+            other = bench.scores(f"lora_base/{run.second}", examples)
         weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, config.masking.mask_end, bench.seed)
         shown = [masked_example(examples, i, nll, weights, bench.subject.tokenizer) for i in range(min(config.inspect, len(examples)))]
         title = f"{arm_label(run.arm)}: {run.first} > {run.second}"
@@ -398,6 +420,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]}); halve --batch_size and double --gradient_accumulation (the result is the "
+              "same), add --gradient_checkpointing, or lower --evaluation.batch_size if it was scoring", file=sys.stderr)  # fmt: skip
+        return 2
+    except OSError as error:  # a full disk, a folder that may not be read
+        print(f"error: {error.filename or 'file system'}: {error.strerror or error}; what is done is kept", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.records import Record
+from data.records import Record, Report
 from model.tokenizer import Tokenizer
 from study.errors import LetheError
 from study.folder import write_json
@@ -78,18 +78,25 @@ class Micro:
 
 
 def tokenize(
-    records: Iterable[Record], tokenizer: Tokenizer, max_length: int, fingerprint: str, cache: Path, limit: int | None = None
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    max_length: int,
+    fingerprint: str,
+    cache: Path,
+    limit: int | None = None,
+    bad_rows: Report | None = None,
 ) -> Examples:
     """Tokenises records into cache/{key}, or maps what an earlier call left there.
 
     A longer example loses its prompt's middle; one whose answer alone leaves no room for a prompt token is dropped. Both are
-    counted. fingerprint: of the records' source; limit: at most so many records. Raises LetheError if nothing is left.
+    counted. fingerprint: of the records' source; limit: at most so many records; bad_rows: what reading the records
+    dropped, kept with the tokens' own report. Raises LetheError if nothing is left.
     """
     content = json.dumps([fingerprint, tokenizer.fingerprint, max_length, limit])
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = cache / key
     if not (folder / "report.json").is_file():
-        _write_tokens(records, tokenizer, max_length, folder, limit)
+        _write_tokens(records, tokenizer, max_length, folder, limit, bad_rows or Report())
     report = json.loads((folder / "report.json").read_text())
     index = np.load(folder / "index.npy")
     if not len(index):
@@ -100,7 +107,7 @@ def tokenize(
     return Examples(key, flat, np.concatenate(([0], index[:, 1])), index[:, 0], report)
 
 
-def _write_tokens(records: Iterable[Record], tokenizer: Tokenizer, max_length: int, folder: Path, limit: int | None) -> None:
+def _write_tokens(records: Iterable[Record], tokenizer: Tokenizer, max_length: int, folder: Path, limit: int | None, bad_rows: Report) -> None:
     """ids.bin (uint32), index.npy (N, 2) of (completion start, end offset), and report.json, which is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     starts, ends = array("q"), array("q")
@@ -136,6 +143,7 @@ def _write_tokens(records: Iterable[Record], tokenizer: Tokenizer, max_length: i
         {
             "source": source, "rows": rows, "examples": len(index), "truncated_prompts": truncated, "answers_too_long": dropped,
             "tokens": total, "trainable_tokens": trainable, "length_p50_p95_max": spread,
+            "bad_rows": bad_rows.dropped_count, "bad_rows_shown": [f"{where}: {reason}" for where, reason in bad_rows.dropped],
         },
     )  # fmt: skip
 

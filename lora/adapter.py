@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from lora.layers import LoRALinear, add_layers, all_linears, lora_layers, remove_lora, target_names
-from model.checkpoint import open_safetensors, read_json
+from model.checkpoint import open_safetensors, read_json, write_tensors
 from model.llama import LINEAR_NAMES, Llama
 from study.errors import LetheError
 from study.folder import write_json
@@ -31,17 +29,11 @@ def save_adapter(model: Llama, folder: str | Path, base: str = "") -> None:
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no adapters to save; add_lora first")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    folder, tensors = Path(folder), {}
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
-    partial = folder / "adapter_model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt", "base_fingerprint": model.fingerprint})
-    with open(partial, "rb+") as handle:
-        os.fsync(handle.fileno())
-    partial.replace(folder / "adapter_model.safetensors")
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"base_fingerprint": model.fingerprint})
     any_layer = next(iter(layers.values()))
     write_json(folder / "adapter_config.json", peft_config(layers, any_layer, base))
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.llama import LINEAR_NAMES, Llama
+from model.llama import LINEAR_NAMES, Linear, Llama
 from study.errors import LetheError
 
 
@@ -162,7 +162,7 @@ def remove_lora(model: Llama) -> None:
     """Takes the adapters off; the base's weights are as they were."""
     for name, layer in lora_layers(model).items():
         parent, _, leaf = name.rpartition(".")
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         setattr(model.get_submodule(parent), leaf, linear.train(layer.training))
 

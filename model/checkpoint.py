@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from model.llama import Llama, LlamaConfig
 from study.errors import LetheError
+from study.folder import replacing
 
 NANO = Path(__file__).resolve().parent.parent / "assets" / "nano"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "LICENSE*", "USE_POLICY*"]
@@ -45,11 +47,15 @@ def fetch_from_hub(repo: str) -> Path:
             "or give --model a local folder"
         ) from error
     except hub.RepositoryNotFoundError as error:
-        raise LetheError(f"no model {repo!r}: no such folder here and no such repository on the hub (or it is private: `hf auth login`)") from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
         raise LetheError(
-            f"{repo} is not in the cache ({constants.HF_HUB_CACHE}) and the hub cannot be reached; on a machine with network run "
-            f"`hf download {repo}`, or give --model a local folder"
+            f"no model {repo!r}: no such folder here and no such repository on the hub (or it is private: `hf auth login`)"
+        ) from error
+    except hub.HFValidationError as error:
+        raise LetheError(f"no model folder {repo!r} here, and it is no hub id ({str(error).splitlines()[0]})") from error
+    except (OSError, getattr(hub, "HTTPError", OSError)) as error:  # offline, no connection, a proxy's refusal, the disk is full
+        raise LetheError(
+            f"{repo} is not in the cache ({constants.HF_HUB_CACHE}) and cannot be fetched from the hub ({type(error).__name__}); "
+            f"on a machine with network run `hf download {repo}`, or give --model a local folder"
         ) from error
 
 
@@ -57,9 +63,12 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise LetheError(f"{path} is missing; a model folder holds config.json, tokenizer.json and *.safetensors")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LetheError(f"{path} is no valid JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise LetheError(f"{path} holds a {type(content).__name__}, not an object; fetch the file again")
+    return content
 
 
 def load_config(folder: Path) -> LlamaConfig:
@@ -71,6 +80,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        if not files:
+            raise LetheError(f"{index} names no file; fetch the model again")
         for file in files:
             if not file.is_file():
                 raise LetheError(f"{file} is missing, though {index.name} names it; fetch the model again")
@@ -103,9 +114,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     with torch.device("meta"):
         model = Llama(config)
     wanted = dict(model.named_parameters())
-    loaded: set[str] = set()
     unexpected, misshapen = [], []
-    digest = hashlib.sha256(json.dumps(config.__dict__, sort_keys=True).encode())
+    samples: dict[str, bytes] = {}
     for file in weight_files(folder):
         with open_safetensors(file) as tensors:
             for name in sorted(tensors.keys()):
@@ -118,17 +128,18 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
                 if tensor.shape != wanted[name].shape:
                     misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
                     continue
-                digest.update(sample_of(name, tensor))
+                samples[name] = sample_of(name, tensor)
                 final = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
                 module, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(module), leaf, torch.nn.Parameter(final, requires_grad=False))
-                loaded.add(name)
-    missing = [name for name in wanted if name not in loaded and not any(name in text for text in misshapen)]
+    missing = [name for name in wanted if name not in samples and not any(name in text for text in misshapen)]
     for what, names in (("misses", missing), ("has unexpected", unexpected), ("has misshapen", misshapen)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise LetheError(f"{folder} {what} tensors: {', '.join(names[:3])}{more}; its config.json does not describe these weights")
-    model.fingerprint = digest.hexdigest()[:16]
+    # By name, so that it does not matter how the weights are cut into files.
+    content = json.dumps(config.__dict__, sort_keys=True).encode() + b"".join(samples[name] for name in sorted(samples))
+    model.fingerprint = hashlib.sha256(content).hexdigest()[:16]
     return model.eval()
 
 
@@ -141,7 +152,21 @@ def sample_of(name: str, tensor: torch.Tensor, values: int = 64) -> bytes:
 
 def save_weights(model: Llama, file: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the weights under Hugging Face's names (a tied head is not repeated), atomically."""
-    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    partial = file.with_name(file.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(file)
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    write_tensors(file, {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()})
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically. The same tensors give the same bytes; safetensors orders metadata at random."""
+    with replacing(file) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # its text alone tells a full disk
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
+        with open(temporary, "rb+") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            handle.seek(8)
+            handle.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

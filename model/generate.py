@@ -22,6 +22,7 @@ def generate(
     """Continues each prompt greedily; a stop id ends it and is not part of the result.
 
     Prompts are sorted by length into batches; a finished row leaves its batch. on_done(n) hears of n finished prompts.
+    Dropout is off, also for a model in training mode, which it is again afterwards.
     Returns the new ids, in the prompts' order. Raises ValueError for an empty prompt.
     """
     if any(not prompt for prompt in prompts):
@@ -29,14 +30,17 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     if max_new_tokens < 1:
         return results
-    stops = torch.tensor(sorted(stop_ids), device=model.device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    was_training = model.training
+    model.eval()
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         for index, ids in zip(batch, _decode_batch(model, [prompts[i] for i in batch], max_new_tokens, stops), strict=True):
             results[index] = ids
         if on_done:
             on_done(len(batch))
+    model.train(was_training)
     return results
 
 

@@ -59,20 +59,21 @@ class LlamaConfig:
         heads = raw["num_attention_heads"]
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-        kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+        kind = rope.get("rope_type") or rope.get("type") or "default"  # some files carry both spellings
         if kind not in ("default", "linear", "llama3"):
             raise LetheError(f"{where}: rotary scaling {kind!r} is unknown here; known: default, linear, llama3")
         wanted = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        for key in wanted.get(kind, ("factor",) if kind == "linear" else ()):
-            if key not in rope:
-                raise LetheError(f"{where}: rotary scaling {kind!r} needs the key {key!r}")
+        wanted = wanted.get(kind, ("factor",) if kind == "linear" else ())
+        for key in wanted:
+            if not isinstance(rope.get(key), (int, float)):
+                raise LetheError(f"{where}: rotary scaling {kind!r} needs the key {key!r}, a number")
         config = cls(
             **{key: raw[key] for key in needed},
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=float(theta),
-            rope_scaling={} if kind == "default" else {**rope, "rope_type": kind},
+            rope_scaling={} if kind == "default" else {"rope_type": kind, **{key: float(rope[key]) for key in wanted}},
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             attention_bias=raw.get("attention_bias", False),
             mlp_bias=raw.get("mlp_bias", False),
@@ -108,6 +109,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the halves of each head (Hugging Face's layout). x (B, heads, T, D), cos and sin broadcast to it."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose weights are left as they are: they are loaded, or made by Llama.init_weights."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, likewise."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class RMSNorm(nn.Module):
@@ -153,10 +168,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.layer = layer
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, slots: int) -> Tensor:
         B, T, _ = x.shape
@@ -184,9 +199,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(size, inner, bias=bias)
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.gate_proj = Linear(size, inner, bias=bias)
+        self.up_proj = Linear(size, inner, bias=bias)
+        self.down_proj = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -208,7 +223,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -221,7 +236,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.fingerprint = ""  # names the base's weights; set by load_model, stored with adapters and scores
         self.gradient_checkpointing = False
 

@@ -58,7 +58,6 @@ class StageConfig:
     gradient_checkpointing: bool = opt(False, "recompute activations, to save memory")
     log_steps: int = opt(10, "one logged line per so many steps", POSITIVE)
     eval_steps: int | None = opt(None, "score a few test items every so many steps", POSITIVE)
-    save_steps: int | None = opt(None, "a checkpoint to resume from every so many steps", POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class MaskingConfig:
     ratio: float = opt(0.1, "bottom10: share of the windows to drop", (lambda v: 0 < v < 1, "between 0 and 1"))
     direction: Literal["low_ppl", "low_confidence"] = opt("low_ppl", "bottom10: which end of the windows to drop")
     reference: Literal["start", "base", "online"] = opt("start", "the model whose perplexities decide")
-    match: Literal["highest", "bottom10", "dpf", "stm_dpf"] = opt("highest", "lowest, random: drop as many as this arm")
+    match: Literal["highest", "bottom10"] = opt("highest", "lowest, random: drop as many as this arm")
     normalize: Literal["kept", "all"] = opt("kept", "divide the loss by the kept or by all completion tokens")
     mask_end: bool = opt(False, "let the end-of-turn token be dropped too")
     tau: float = opt(0.75, "soft: width of the weight exp(-((ppl - 1) / tau)^2)", POSITIVE)

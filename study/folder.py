@@ -43,7 +43,7 @@ NOT_IDENTITY = {
     "evaluation.tasks",
     "evaluation.eval_items",
 }
-NOT_IDENTITY_STAGE = {"log_steps", "eval_steps", "save_steps", "gradient_checkpointing"}
+NOT_IDENTITY_STAGE = {"log_steps", "eval_steps", "gradient_checkpointing"}
 
 
 def write_error(path: Path, error: OSError) -> LetheError:

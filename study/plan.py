@@ -104,7 +104,8 @@ def plan_runs(
         raise LetheError(f"--stage is 1 or 2, not {stage}")
     if stage == 2 and not pairs:
         raise LetheError(f"stage 2 needs a second task beside '{tasks[0]}'; name two with --datasets")
-    in_pairs = {a for a, _ in pairs} | ({b for _, b in pairs} if stage != 2 else set())
+    both = stage != 2 or not {"dpf", "stm_dpf"}.isdisjoint(arms)  # these compare with stage 1 on the second task
+    in_pairs = {a for a, _ in pairs} | ({b for _, b in pairs} if both else set())
     wanted = [task for task in tasks if task in in_pairs] if selected or stage == 2 else tasks
     runs = [Run(1, "none", task, None, f"lora_base/{task}", None) for task in wanted]
     if stage != 1:

@@ -1,17 +1,8 @@
-"""Pictures and tables of a study, from the rows of eval_results_mask.json.
-
-A row: {run, arm, first, second, task, metric, value, low, high, n, unparsed, seed, stage}; stage 0 is the base,
-stage 1 has no second task.  Values of exact_match and rougeL are shares, shown in percent.  With
-several seeds every cell is the mean over seeds.
-"""
+"""The pictures of a study, from the rows of eval_results_mask.json (see study/results.py)."""
 
 import io
-import math
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,86 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from study.folder import write_bytes
-from study.logging import format_table
-from study.plan import MASKS, arm_label
+from study.plan import arm_label
+from study.results import WORDS, Cell, arms_of, collect, scale_of, stage_of, tasks_of
 
-WORDS = {
-    "exact_match": "Exact match",
-    "rougeL": "ROUGE-L",
-    "flexible_match": "Flexible match",
-    "string_match": "String match",
-    "answer_nll": "Answer NLL",
-}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#333333")  # Okabe and Ito
 MARKS = "osD^vPX<>*hd"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One score in its own unit: mean over seeds, 95 % interval (NaN where unknown), items, seeds."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    seeds: int
-    key: tuple = ()
-
-    @property
-    def half(self) -> float:
-        """The longer side of the interval (a share's interval is not symmetric)."""
-        return max(self.high - self.value, self.value - self.low)
-
-
-def _stage(row: dict) -> int:
-    if row.get("stage") is not None:
-        return int(row["stage"])
-    return 0 if row.get("arm") == "base" or not row.get("first") else 2 if row.get("second") else 1
-
-
-def collect(rows: Iterable[dict], metric: str) -> dict[tuple, Cell]:
-    """(stage, arm, first, second, task) -> Cell, over seeds; base and stage 1 under arm None."""
-    from metrics.statistics import seed_interval
-
-    groups: dict[tuple, dict[Any, dict]] = {}
-    for row in rows:
-        if row.get("metric") != metric or row.get("value") is None:
-            continue
-        stage = _stage(row)
-        key = (
-            stage,
-            row["arm"] if stage == 2 else None,
-            row.get("first") if stage else None,
-            row.get("second") if stage == 2 else None,
-            row["task"],
-        )
-        groups.setdefault(key, {})[row.get("seed")] = row
-    cells = {}
-    for key, by_seed in groups.items():
-        found = list(by_seed.values())
-        if len(found) == 1:
-            row = found[0]
-            low, high = (math.nan if row.get(k) is None else row[k] for k in ("low", "high"))
-            cells[key] = Cell(row["value"], low, high, row.get("n") or 0, 1, key)
-        else:
-            mean, low, high = seed_interval([row["value"] for row in found])
-            cells[key] = Cell(mean, low, high, sum(row.get("n") or 0 for row in found), len(found), key)
-    return cells
-
-
-def tasks_of(rows: Iterable[dict]) -> list[str]:
-    """The tasks in the order in which the rows name them."""
-    return list(dict.fromkeys(row["task"] for row in rows))
-
-
-def arms_of(rows: Iterable[dict]) -> list[str]:
-    """The stage-2 arms, the known ones in their usual order."""
-    arms = dict.fromkeys(row["arm"] for row in rows if _stage(row) == 2)
-    return [arm for arm in MASKS if arm in arms] + [arm for arm in arms if arm not in MASKS]
-
-
-def _scale(metric: str) -> float:
-    return 1.0 if metric == "answer_nll" else 100.0
 
 
 def _typical(cells: Iterable[Cell], scale: float) -> str:
@@ -147,7 +63,7 @@ def _clean(axes) -> None:
 
 def bar_figure(rows: list[dict], metric: str = "exact_match") -> Figure:
     """Base and stage 1, a pair of bars a task, with 95 % intervals."""
-    cells, scale = collect(rows, metric), _scale(metric)
+    cells, scale = collect(rows, metric), scale_of(metric)
     tasks = [t for t in tasks_of(rows) if (0, None, None, None, t) in cells or (1, None, t, None, t) in cells]
     figure = Figure(figsize=(max(5.2, 1.5 + 1.5 * len(tasks)), 4.2))
     axes = figure.add_subplot()
@@ -221,7 +137,7 @@ def heatmap_figure(rows: list[dict], arm: str, metric: str = "exact_match", whic
 
     The small figure in a cell is its distance from stage 1 on the same task.
     """
-    cells, scale, tasks = collect(rows, metric), _scale(metric), tasks_of(rows)
+    cells, scale, tasks = collect(rows, metric), scale_of(metric), tasks_of(rows)
     size = len(tasks)
     grid = numpy.full((size, size), numpy.nan)
     shown: dict[tuple[int, int], Cell] = {}
@@ -298,7 +214,7 @@ def scatter_figure(rows: list[dict], metric: str = "exact_match") -> Figure:
 
     Large marks are the arms' means over their pairs; lines are the means of the base and of stage 1 alone.
     """
-    cells, scale, tasks, arms = collect(rows, metric), _scale(metric), tasks_of(rows), arms_of(rows)
+    cells, scale, tasks, arms = collect(rows, metric), scale_of(metric), tasks_of(rows), arms_of(rows)
     figure = Figure(figsize=(8.2, 5.4))
     axes = figure.add_subplot()
     firsts, everything = [], []
@@ -400,16 +316,16 @@ def _cycle(values: tuple) -> Iterable:
 def figures(rows: list[dict]) -> dict[str, Figure]:
     """Every picture that the rows allow, by file name without its ending."""
     found = {}
-    scored = {(row.get("metric"), _stage(row) == 2) for row in rows}
+    scored = {(row.get("metric"), stage_of(row) == 2) for row in rows}
     if ("exact_match", False) in scored:
         found["bar_base_lora_exact_match"] = bar_figure(rows)
     arms = arms_of(rows)
     for arm in arms:
-        mine = [row for row in rows if _stage(row) < 2 or row["arm"] == arm]
+        mine = [row for row in rows if stage_of(row) < 2 or row["arm"] == arm]
         for metric in ("exact_match", "rougeL"):
-            if any(row["metric"] == metric and _stage(row) == 2 for row in mine):
+            if any(row["metric"] == metric and stage_of(row) == 2 for row in mine):
                 found[f"heatmap_{metric}_{arm_label(arm)}"] = heatmap_figure(rows, arm, metric)
-        if any(row["metric"] == "exact_match" and _stage(row) == 2 for row in mine):
+        if any(row["metric"] == "exact_match" and stage_of(row) == 2 for row in mine):
             found[f"heatmap_second_exact_match_{arm_label(arm)}"] = heatmap_figure(rows, arm, which="second")
     if ("exact_match", True) in scored:
         found["learning_vs_retention"] = scatter_figure(rows)
@@ -419,75 +335,3 @@ def figures(rows: list[dict]) -> dict[str, Figure]:
 def draw_all(rows: list[dict], folder: str | Path) -> list[Path]:
     """Draws every picture that the rows allow into `folder` (performance_matrices_mask/); returns the files."""
     return [_save(figure, Path(folder) / f"{name}.png") for name, figure in figures(rows).items()]
-
-
-def summary_table(
-    rows: list[dict], dropped: dict[str, float] | None = None, metric: str = "exact_match", per_pair: bool = True
-) -> str:
-    """The study in text: one row an arm (means over its pairs, 95 %), then one row a pair.
-
-    `dropped` is the share of completion tokens that each run dropped, by run folder.  Intervals of means take
-    those of the cells as independent.
-    """
-    cells, scale, arms = collect(rows, metric), _scale(metric), arms_of(rows)
-    shares: dict[tuple, list[float]] = {}
-    for row in rows:
-        share = (dropped or {}).get(row.get("run"))
-        if _stage(row) == 2 and share is not None:
-            shares.setdefault((row["arm"], row["first"], row["second"]), []).append(share)
-    tasks = tasks_of(rows)
-    name = WORDS.get(metric, metric) + (" in %" if scale == 100 else "")
-    digits = ".1f" if scale == 100 else ".3f"
-
-    def tell(found: list[Cell | None]) -> str:
-        known = [cell for cell in found if cell is not None]
-        if not known:
-            return "-"
-        counts = Counter(known)  # one stage-1 score serves several pairs: it is one measurement, of more weight
-        half = math.sqrt(sum((count * cell.half) ** 2 for cell, count in counts.items())) / len(known) * scale
-        around = f" ±{half:{digits}}" if half == half else ""
-        return f"{numpy.mean([cell.value for cell in known]) * scale:{digits}}{around}"
-
-    def share_of(keys: list[tuple]) -> str:
-        known = [numpy.mean(shares[key]) for key in keys if key in shares]
-        return f"{100 * numpy.mean(known):.1f}" if known else "-"
-
-    parts = []
-    single = [[t, tell([cells.get((0, None, None, None, t))]), tell([cells.get((1, None, t, None, t))])] for t in tasks]
-    if any(row[1:] != ["-", "-"] for row in single):
-        parts.append(f"{name}, 95 % intervals\n" + format_table(single, ["task", "base", "after stage 1"]))
-    pairs = {arm: [key[2:4] for key in cells if key[:2] == (2, arm) and key[4] == key[2]] for arm in arms}
-    if any(pairs.values()):
-        table = []
-        for arm in arms:
-            mine = pairs[arm]
-            table.append(
-                [
-                    arm_label(arm),
-                    tell([cells.get((1, None, a, None, a)) for a, _ in mine]),
-                    tell([cells.get((2, arm, a, b, a)) for a, b in mine]),
-                    tell([cells.get((2, arm, a, b, b)) for a, b in mine]),
-                    share_of([(arm, a, b) for a, b in mine]),
-                    str(len(mine)),
-                ]
-            )
-        headers = ["arm", "first after stage 1", "first kept", "second learned", "dropped %", "pairs"]
-        parts.append(f"After both stages, mean over pairs ({name})\n" + format_table(table, headers))
-        if per_pair:
-            table = []
-            for a, b in dict.fromkeys(pair for arm in arms for pair in pairs[arm]):
-                for arm in arms:
-                    if (a, b) in pairs[arm]:
-                        table.append(
-                            [
-                                f"{a} > {b}",
-                                arm_label(arm),
-                                tell([cells.get((1, None, a, None, a))]),
-                                tell([cells.get((2, arm, a, b, a))]),
-                                tell([cells.get((2, arm, a, b, b))]),
-                                share_of([(arm, a, b)]),
-                            ]
-                        )
-            headers = ["pair", "arm", "first after stage 1", "first kept", "second learned", "dropped %"]
-            parts.append(f"Every pair ({name})\n" + format_table(table, headers))
-    return "\n\n".join(parts) if parts else "nothing has been scored yet"

@@ -4,7 +4,8 @@ from matplotlib.image import imread
 
 from metrics.statistics import wilson_interval
 from study.plan import cells_to_score, plan_runs
-from study.plots import collect, draw_all, heatmap_figure, summary_table
+from study.plots import draw_all, heatmap_figure
+from study.results import collect, summary_table
 
 
 def made_up(tasks, arms, seeds=(0,), without=()):

@@ -1,16 +1,14 @@
 """data.prepare: the traps of the raw files on made-up rows, the hub against a local server, real files if given."""
 
 import csv
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+from conftest import COMMIT
 
 from data.prepare import main, prepare
 from data.tasks import aqua_cot, gsm8k, openbookqa, simpleQA, svamp
@@ -210,47 +208,6 @@ def command(*argv, **env):
         full.pop(name, None)
     run = [sys.executable, "-m", "data.prepare", *argv]
     return subprocess.run(run, cwd=REPO, env=full, capture_output=True, text=True, timeout=120)
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub():
-    """A stand-in for the hub: the few answers that hf_hub_download needs, from a dict {path: bytes}."""
-    files: dict[str, bytes] = {}
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self, body=True):
-            asked.append(f"{self.command} {self.path}")
-            parts = self.path.split("?")[0].split("/")  # /datasets/owner/name/resolve/revision/file...
-            name = "/".join(parts[2:4] + parts[6:]) if "resolve" in parts else ""
-            data = files.get(name, b"")
-            known = name in files
-            self.send_response(200 if known else 404)
-            if not known:
-                repo_known = any(path.startswith("/".join(parts[2:4]) + "/") for path in files)
-                self.send_header("X-Error-Code", "EntryNotFound" if repo_known else "RepoNotFound")
-            else:
-                self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-                self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if body and data:
-                self.wfile.write(data)
-
-        def do_HEAD(self):
-            self.do_GET(body=False)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", files, asked
-    server.shutdown()
-    server.server_close()
 
 
 def test_hub_files_are_fetched_and_then_cached(tmp_path, hub):

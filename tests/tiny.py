@@ -1,0 +1,85 @@
+"""Toy models for the tests: folders in Hugging Face's format with random weights, made without transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from data.batching import Examples
+from model import Llama, load_model
+from model.checkpoint import NANO
+from model.llama import LlamaConfig
+
+VOCABULARY = 97
+BASE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def raw_config(**changes) -> dict:
+    """A config.json of toy size, in the spelling of the released Llama 3 files."""
+    return {**BASE, **changes}
+
+
+def random_weights(raw: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint, large enough that attention is not flat and the logits tell tokens apart."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(LlamaConfig.from_dict(raw)).named_parameters()}
+    weights = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        weights[name] = noise * (0.15 if len(shape) == 2 else 0.1) + (1.0 if name.endswith("norm.weight") else 0.0)
+    return weights
+
+
+def write_folder(
+    folder: Path,
+    raw: dict | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: bool = False,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """A model folder; with tokenizer, the built-in model's tokenizer files (its vocabulary is 2048)."""
+    raw = raw or raw_config()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    weights = weights or random_weights(raw, seed)
+    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+            shutil.copyfile(NANO / name, folder / name)
+    return folder
+
+
+def tiny_model(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Llama:
+    """A toy model by way of a folder, so that it has a fingerprint."""
+    return load_model(write_folder(folder, raw_config(**changes), seed), dtype)
+
+
+def random_examples(count: int, seed: int = 0, longest: int = 24, vocabulary: int = VOCABULARY) -> Examples:
+    """Examples of ragged random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+
+    return Examples.from_pairs([(ids(1, longest), ids(1, longest)) for _ in range(count)])
+
+
+def train_some(model: Llama, seed: int = 0) -> None:
+    """Gives every lora_B of the model random values, as if it had been trained."""
+    from lora.layers import lora_layers
+
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
