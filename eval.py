@@ -33,7 +33,7 @@ from study.config import Config, EvalConfig, parse, parse_eval
 from study.errors import LetheError
 from study.folder import newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
 from study.logging import RunLog, format_table, progress
-from study.plan import MASKS, Run, cells_to_score
+from study.plan import Run, cells_to_score, in_order
 from study.plots import draw_all, figures
 from study.results import summary_table
 
@@ -68,7 +68,8 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto", template:
     tokenizer = load_tokenizer(name, template)
     model = load_model(name, getattr(torch, dtype), device)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise LetheError(f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {model.config.vocab_size}; they do not belong together")
+        sizes = f"its tokenizer has {tokenizer.vocab_size} tokens, its model only {model.config.vocab_size}"
+        raise LetheError(f"{name}: {sizes}; they do not belong together")
     size = sum(p.numel() for p in model.parameters())
     about = f"{name}: {size / 1e6:.2f} M parameters, {device}, {dtype} ({why}), template {tokenizer.template}"
     return Subject(name, model, tokenizer, about)
@@ -108,7 +109,8 @@ def score_task(
     model.eval()
     with merged(model), progress(2 * len(records), f"score {task.name}", "items", enabled=not quiet) as bar:
         outputs = generate(model, prompts, max_new_tokens or task.max_new_tokens, tokenizer.stop_ids, batch_size, bar.update)
-        losses = answer_losses(model, [(ids, tokenizer.render_answer(r.answer)) for ids, r in zip(prompts, records, strict=True)], batch_size, bar.update)
+        pairs = [(ids, tokenizer.render_answer(record.answer)) for ids, record in zip(prompts, records, strict=True)]
+        losses = answer_losses(model, pairs, batch_size, bar.update)
     model.train(was_training)
     items = []
     for record, ids, output, loss in zip(records, prompts, outputs, losses, strict=True):
@@ -163,7 +165,7 @@ def trained_runs(tree: Path) -> list[Run]:
     """The finished runs of a study, as their manifests say, stage 1 first."""
     found = [read_json(file) for file in sorted(tree.glob("**/run.json"))]
     runs = [Run(**record["run"]) for record in found if record.get("status") == "done"]
-    arms = [*MASKS, *(run.arm for run in runs)]
+    arms = in_order(run.arm for run in runs)
     return sorted(runs, key=lambda run: (run.stage, run.first, run.second or "", arms.index(run.arm)))
 
 
@@ -256,8 +258,9 @@ def evaluate_study(arguments: EvalConfig) -> None:
         tasks = {name: find_task(**spec) for name, spec in known.items()}
         for name, task in tasks.items():
             if task.fingerprint != record["identity"]["data"].get(name):
-                raise LetheError(f"the data of {name} changed since this study was trained; restore it, or train a new study with another --out")
-        subject = load_subject(record["model"], arguments.device, arguments.dtype if arguments.dtype != "auto" else config.dtype, config.template)
+                raise LetheError(f"the data of {name} changed since this study was trained; restore it, or train anew with another --out")
+        dtype = arguments.dtype if arguments.dtype != "auto" else config.dtype
+        subject = load_subject(record["model"], arguments.device, dtype, config.template)
         if subject.model.fingerprint != record["identity"]["model"]:
             raise LetheError(f"{record['model']} is not the model that this study was trained on; its weights have changed")
         print(subject.about)
@@ -280,7 +283,8 @@ def evaluate_model(arguments: EvalConfig) -> None:
                            batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)  # fmt: skip
         for row in summarise(items):
             results.append({"model": arguments.model, "adapter": arguments.adapter, "task": task.name, **row})
-            rows.append([task.name, row["metric"], f"{row['value']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", row["n"], row["unparsed"]])
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            rows.append([task.name, row["metric"], f"{row['value']:.3f}", interval, row["n"], row["unparsed"]])
         if arguments.out:
             write_jsonl(Path(arguments.out) / "eval" / f"{task.name}.jsonl", items)
     print(format_table(rows, ["task", "metric", "value", "95 % interval", "n", "unparsed"]))

@@ -29,14 +29,15 @@ from lora.adapter import adapter_fingerprint, load_adapter, save_adapter
 from lora.layers import add_lora, dropout_keys, dropout_rows, lora_parameters, remove_lora
 from masking.inspect import as_page, in_terminal, masked_example, masked_markdown
 from masking.score import dataset_weights, example_weights, score_examples
+from masking.weights import policies
 from model.llama import Llama
 from optim.masters import collect_gradients, make_masters, write_back
 from optim.schedule import lr_factor
 from study.config import Config, config_text, parse, parse_seeds, stage_config
 from study.errors import LetheError
-from study.folder import StudyFolder, expand_out, identity_of, is_done, open_study, write_json, write_text
+from study.folder import StudyFolder, expand_out, identity_of, is_done, open_study, seed_folders, write_json, write_text
 from study.logging import RunLog, format_table, memory_gib, progress
-from study.plan import Run, arm_label, parse_arms, plan_runs
+from study.plan import Run, arm_label, nearest, parse_arms, plan_runs
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -155,7 +156,8 @@ class Bench:
         """The task's training examples, tokenised once and mapped from the study folder."""
         found, bad_rows = self.tasks[task], Report()
         records = found.train(report=bad_rows)
-        return tokenize(records, self.subject.tokenizer, self.config.max_length, found.fingerprint, self.study.path / "tokens", max_train, bad_rows)
+        cache, length = self.study.path / "tokens", self.config.max_length
+        return tokenize(records, self.subject.tokenizer, length, found.fingerprint, cache, max_train, bad_rows)
 
     def scores(self, adapter: str | None, examples: Examples) -> np.ndarray:
         """nll of all completion tokens under base + adapter (a run folder; None: the base), cached."""
@@ -185,7 +187,7 @@ def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarr
         return None, {"completion_tokens": int(examples.completion_offsets[-1])}, None
     nll = bench.scores(run.parent if masking.reference == "start" else None, examples)
     # The difference filters ask whether a model trained plainly on this very task finds the token harder.
-    other = bench.scores(f"lora_base/{run.second}", examples) if run.arm in ("dpf", "stm_dpf") else None
+    other = bench.scores(f"lora_base/{run.second}", examples) if "adapter_nll" in policies()[run.arm] else None
     weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, masking.mask_end, bench.seed)
     return weights, stats, nll
 
@@ -224,7 +226,8 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
 
     def optimizers(masters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
         o = config.optimizer
-        return [torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=settings.weight_decay)]
+        decay = settings.weight_decay
+        return [torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=decay)]
 
     steps = fit(
         model, parameters, optimizers, batches, total,
@@ -234,6 +237,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
 
     began, tokens, outcomes, kept, recent = time.perf_counter(), 0, {}, [], []
     with RunLog(bench.study.path, run.folder) as log, progress(total, label, "steps") as bar:
+        log.text("config", "```\n" + config_text(config) + "```")
         log_masked_examples(bench, log, examples, nll, weights)
         for step in steps:
             tokens += step.tokens
@@ -243,7 +247,8 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
             number, speed = step.number + 1, tokens / (time.perf_counter() - began)
             bar.update(1, loss=step.loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
             if number % settings.log_steps == 0 or number in (1, total):
-                values = {"train/loss": float(np.mean(recent)), "train/learning_rate": step.learning_rate, "train/grad_norm": step.grad_norm,
+                values = {"train/loss": float(np.mean(recent)), "train/learning_rate": step.learning_rate,
+                          "train/grad_norm": step.grad_norm,
                           "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()}  # fmt: skip
                 log.scalars(values, number, tokens=tokens)
                 recent.clear()
@@ -259,11 +264,13 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     if weights is None:
         mask_stats["dropped_share"] = 1 - float(np.mean(kept))
     if not outcomes.get("stepped"):
-        raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({outcomes}): the mask keeps no token; raise --{'tau' if run.arm == 'soft' else 'threshold'}")
+        mend = "the mask keeps no token; raise --tau" if run.arm == "soft" else "the mask keeps no token; raise --threshold"
+        raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({outcomes}): {mend}")
     save_adapter(model, folder, bench.subject.name)
     write_json(folder / "run.json", {
         "status": "done", "run": run.__dict__, "steps": total, "outcomes": outcomes, "tokens": tokens, "seconds": round(seconds, 3),
-        "examples": len(examples), "data": examples.report, "mask": mask_stats, "reference": config.masking.reference if run.arm != "none" else None,
+        "examples": len(examples), "data": examples.report,
+        "mask": mask_stats, "reference": config.masking.reference if run.arm != "none" else None,
         "template": bench.subject.tokenizer.template, "dtype": str(model.dtype).removeprefix("torch."), "seed": bench.seed,
         "base_fingerprint": model.fingerprint, "adapter_fingerprint": adapter_fingerprint(folder),
         "learning_rate": settings.learning_rate, "final_loss": last_loss, "memory_gib": memory_gib(),
@@ -305,20 +312,24 @@ def run_study(config: Config, argv: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LetheError("one process at a time: use --nproc-per-node 1")
     tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
-    arms = parse_arms(config.mask)
+    known = policies()
+    arms = parse_arms(config.mask, known)
     refuse_masks(config, arms)
-    runs = plan_runs(list(tasks), arms, config.pairs, config.stage)
+    runs = plan_runs(list(tasks), arms, config.pairs, config.stage, any("adapter_nll" in known[arm] for arm in arms))
     involved = {name for run in runs for name in (run.first, run.second)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name)
     subject = evaluation.load_subject(config.model.name, config.device, config.dtype, config.template)
     print(subject.about)
-    seeds = parse_seeds(config)
+    seeds, worked = parse_seeds(config), 0
+    if (root / "study.json").is_file() if config.seeds else seed_folders(root) != [root]:
+        raise LetheError(f"{root} holds a study of {'one seed' if config.seeds else 'several seeds'}; choose another folder with --out")
     for seed in seeds:
         tree = root if config.seeds is None else root / f"seed{seed}"
         identity = identity_of(config, subject.model.fingerprint, {name: task.fingerprint for name, task in tasks.items()}, seed)
         specs = {name: {"name": task.spec, "data_root": str(Path(config.data_root).resolve())} for name, task in tasks.items()}
-        study = open_study(tree, config, identity, {"tasks": specs, "model": config.model.name, "template": subject.tokenizer.template}, argv)
+        more = {"tasks": specs, "model": config.model.name, "template": subject.tokenizer.template}
+        study = open_study(tree, config, identity, more, argv)
         bench = Bench(config, subject, tasks, study, seed)
         if config.inspect:
             show_masks(bench, runs, arms)
@@ -328,24 +339,33 @@ def run_study(config: Config, argv: list[str]) -> None:
         print(plan_lines(bench, runs, len(runs) - len(todo)))
         for number, run in enumerate(todo, 1):
             name = run.first if run.stage == 1 else f"{run.first} > {run.second}"
-            train_run(bench, run, f"{number:3d}/{len(todo)} stage {run.stage}  {name:32s} {arm_label(run.arm) if run.stage == 2 else '':15s}")
+            arm = arm_label(run.arm) if run.stage == 2 else ""
+            train_run(bench, run, f"{number:3d}/{len(todo)} stage {run.stage}  {name:32s} {arm:15s}")
         only = {name.strip() for name in config.evaluation.tasks.split(",")} if config.evaluation.tasks else None
         scored = evaluation.score_study(tree, config, subject, tasks, only)
-        if not todo and not scored:
-            print("nothing to do: every run is trained and every cell is scored")
-    if not config.inspect:
-        evaluation.report(root)
-        print(f"took       {time.perf_counter() - began:.0f} s")
+        worked += len(todo) + scored
+    if config.inspect:
+        return
+    if not worked and (root / "eval_results_mask.json").is_file():
+        print(f"nothing to do: every run is trained and every cell is scored; python eval.py --root {root} shows the results")
+        return
+    evaluation.report(root)
+    print(f"took       {time.perf_counter() - began:.0f} s")
 
 
 def refuse_masks(config: Config, arms: list[str]) -> None:
     """Settings under which an arm could not run, told before anything is trained."""
-    masking = config.masking
-    by_threshold = {"highest", "stm_dpf"} | ({"lowest", "random"} if masking.match == "highest" else set())
+    masking, known = config.masking, policies()
+    matchable = [name for name in known if "count" not in known[name] and "adapter_nll" not in known[name]]
+    if masking.match not in matchable:
+        raise LetheError(f"--match {masking.match}: no such policy to match{nearest(masking.match, matchable)}")
+    for arm in config.arms or {}:
+        parse_arms(arm, known)
     for arm in arms:
-        if masking.threshold == 0 and arm in by_threshold:
+        asked = masking.match if "count" in known[arm] else arm
+        if masking.threshold == 0 and asked in ("highest", "stm_dpf"):
             raise LetheError(f"--mask {arm} drops what lies above --threshold, a perplexity: it must be above 0 (dpf alone takes 0, a difference)")
-        if masking.reference == "online" and arm in ("dpf", "stm_dpf"):
+        if masking.reference == "online" and "adapter_nll" in known[arm]:
             raise LetheError(f"--mask {arm} compares two stored models; give --reference start or base")
 
 
@@ -389,15 +409,16 @@ def show_masks(bench: Bench, runs: list[Run], arms: list[str]) -> None:
         examples = bench.examples(run.second, stage_config(config, 2, run.arm)[1])
         nll = bench.scores(bench_reference, examples)
         other = None
-        if run.arm in ("dpf", "stm_dpf"):
+        if "adapter_nll" in policies()[run.arm]:
             if not is_done(bench.study.dir(f"lora_base/{run.second}")):
                 raise LetheError(f"--mask {run.arm} needs lora_base/{run.second}, which is not trained yet; run --stage 1 first")
             other = bench.scores(f"lora_base/{run.second}", examples)
         weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, config.masking.mask_end, bench.seed)
         shown = [masked_example(examples, i, nll, weights, bench.subject.tokenizer) for i in range(min(config.inspect, len(examples)))]
         title = f"{arm_label(run.arm)}: {run.first} > {run.second}"
-        subtitle = (f"perplexity under {bench_reference or 'the base'}; {stats['dropped_share']:.1%} of {stats['completion_tokens']} completion tokens "
-                    f"dropped, {stats['emptied_examples']} examples left with their end token alone")  # fmt: skip
+        subtitle = (f"perplexity under {bench_reference or 'the base'}; "
+                    f"{stats['dropped_share']:.1%} of {stats['completion_tokens']} completion tokens dropped, "
+                    f"{stats['emptied_examples']} examples left with their end token alone")  # fmt: skip
         print(f"\n{title}\n{subtitle}")
         for prompt, tokens in shown:
             print("\n" + in_terminal(prompt, tokens, sys.stdout.isatty()))
@@ -421,8 +442,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}); halve --batch_size and double --gradient_accumulation (the result is the "
-              "same), add --gradient_checkpointing, or lower --evaluation.batch_size if it was scoring", file=sys.stderr)  # fmt: skip
+        mend = "halve --batch_size and double --gradient_accumulation (the result is the same), add --gradient_checkpointing, or lower "
+        print(f"error: out of memory ({str(error).splitlines()[0]}); {mend}--evaluation.batch_size if it was scoring", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be read
         print(f"error: {error.filename or 'file system'}: {error.strerror or error}; what is done is kept", file=sys.stderr)

@@ -55,7 +55,8 @@ def make(source: Path, out: Path, seed: int = 0, shard_mib: int = 1024) -> list[
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    files = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    files = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         write_tensors(out / file, {name: random_tensor(name, shapes[name], seed, raw.get("initializer_range", 0.02)) for name in names})
     if len(files) > 1:

@@ -107,7 +107,9 @@ def tokenize(
     return Examples(key, flat, np.concatenate(([0], index[:, 1])), index[:, 0], report)
 
 
-def _write_tokens(records: Iterable[Record], tokenizer: Tokenizer, max_length: int, folder: Path, limit: int | None, bad_rows: Report) -> None:
+def _write_tokens(
+    records: Iterable[Record], tokenizer: Tokenizer, max_length: int, folder: Path, limit: int | None, bad_rows: Report
+) -> None:
     """ids.bin (uint32), index.npy (N, 2) of (completion start, end offset), and report.json, which is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     starts, ends = array("q"), array("q")
@@ -134,7 +136,7 @@ def _write_tokens(records: Iterable[Record], tokenizer: Tokenizer, max_length: i
             trainable += len(answer)
             starts.append(len(prompt))
             ends.append(total)
-    index = np.stack([np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)], axis=1) if starts else np.zeros((0, 2), dtype=np.int64)
+    index = np.array([starts, ends], dtype=np.int64).T  # (N, 2)
     np.save(folder / "index.npy", index)
     lengths = np.diff(np.concatenate(([0], index[:, 1])))
     spread = [int(x) for x in np.percentile(lengths, [50, 95, 100])] if len(lengths) else [0, 0, 0]
@@ -192,7 +194,8 @@ def collate(examples: Examples, indices: list[int], micro_size: int, weights: np
                 parts.append(weights[offsets[i] : offsets[i + 1]])
         micros.append(
             Micro(
-                torch.from_numpy(padded), torch.tensor(chosen), torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)),
+                torch.from_numpy(padded), torch.tensor(chosen),
+                torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)),
                 sizes, sum(map(len, ids)), torch.from_numpy(np.concatenate(parts)) if weights is not None else None,
             )
         )  # fmt: skip

@@ -167,7 +167,8 @@ def _given(name: str, files: str, strict: bool) -> Task:
     if next(train_of(), None) is None:
         raise LetheError(f"{path}: every prompt also occurs in the held-back tenth; give {name}={path}:TEST_FILE")
     return Task(
-        name, *_scoring(name), train_of, test_records, fingerprint_files(path), f"{name}={path.resolve()}", train_path=path, test_report=report
+        name, *_scoring(name), train_of, test_records, fingerprint_files(path), f"{name}={path.resolve()}",
+        train_path=path, test_report=report,
     )
 
 

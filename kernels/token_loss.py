@@ -38,7 +38,7 @@ def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(hidden weight^T)[target] of every token: hidden (T, H), weight (V, H), targets (T,) -> (T,) float32.
 
     Differentiable in hidden, and in weight where it requires a gradient. Double backward is not supported. Raises
-    ValueError for shapes that do not fit or targets outside the vocabulary.
+    ValueError for shapes or dtypes that do not fit or targets outside the vocabulary.
     """
     _check(hidden, weight, targets)
     return _LinearNLL.apply(hidden, weight, targets)
@@ -48,6 +48,8 @@ def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, threshold: float = float("inf")) -> TokenStats:
     """Every statistic of each token, without gradients: hidden (T, H), weight (V, H), targets (T,). threshold: perplexity."""
     _check(hidden, weight, targets)
+    if not threshold > 0:
+        raise ValueError(f"threshold is a perplexity and must be positive, got {threshold}")
     log_threshold = math.log(threshold)
     parts = [
         _rows(hidden[a:b] @ weight.T, _target_logits(hidden[a:b], weight, targets[a:b]), targets[a:b], log_threshold, False)
@@ -97,7 +99,10 @@ class _LinearNLL(torch.autograd.Function):
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(f"hidden (T, H), weight (V, H), targets (T,) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}")
+        shapes = f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}"
+        raise ValueError(f"hidden (T, H), weight (V, H), targets (T,) do not fit: {shapes}")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
     # On CUDA a look at the values would wait for the device; there the gather below fails loudly by itself.
     if not targets.is_cuda and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
         raise ValueError(f"targets must lie in [0, {weight.shape[0]}), got {int(targets.min())} to {int(targets.max())}")

@@ -45,7 +45,8 @@ def row_kernel(
         total = total * scale + tl.sum(e, axis=0)
         top = new_top
     log_total = top + tl.log(total)
-    nll = tl.maximum(log_total - target_logit, 0.0)
+    nll = log_total - target_logit
+    nll = tl.where(nll < 0.0, 0.0, nll)  # unlike tl.maximum on a GPU, this lets NaN through
     tl.store(nll_ptr + row, nll)
     tl.store(perplexity_ptr + row, tl.exp(nll))
     tl.store(entropy_ptr + row, tl.log(total) - weighted / total)

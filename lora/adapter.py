@@ -14,11 +14,20 @@ import torch
 
 from lora.layers import LoRALinear, add_layers, all_linears, lora_layers, remove_lora, target_names
 from model.checkpoint import open_safetensors, read_json, write_tensors
-from model.llama import LINEAR_NAMES, Llama
+from model.llama import Llama
 from study.errors import LetheError
 from study.folder import write_json
 
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model
+
+# What an adapter_config.json may say beyond LoRA proper, with the values (besides none, false and empty) that are plain.
+# Most other init_lora_weights change the base before training, so A and B do not fit it as it is.
+BEYOND_LORA = {
+    "use_dora": (), "bias": ("none",), "modules_to_save": (), "layers_to_transform": (), "fan_in_fan_out": (), "lora_bias": (),
+    "use_qalora": (), "use_bdlora": (), "alora_invocation_tokens": (), "layer_replication": (), "trainable_token_indices": (),
+    "target_parameters": (), "arrow_config": (), "kasa_config": (), "monteclora_config": (),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
+}  # fmt: skip
 
 
 def save_adapter(model: Llama, folder: str | Path, base: str = "") -> None:
@@ -34,12 +43,14 @@ def save_adapter(model: Llama, folder: str | Path, base: str = "") -> None:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
     write_tensors(folder / "adapter_model.safetensors", tensors, {"base_fingerprint": model.fingerprint})
+    write_json(folder / "adapter_config.json", peft_config(layers, all_linears(model), base))
+
+
+def peft_config(layers: dict[str, LoRALinear], linears: list[str], base: str) -> dict:
+    """The keys that PEFT reads (peft 0.21); ranks and alphas that differ go into its patterns. linears: all of the model."""
     any_layer = next(iter(layers.values()))
-    write_json(folder / "adapter_config.json", peft_config(layers, any_layer, base))
-
-
-def peft_config(layers: dict[str, LoRALinear], any_layer: LoRALinear, base: str) -> dict:
-    """The keys that PEFT reads (peft 0.21); ranks and alphas that differ go into its patterns."""
+    kinds = {name.rsplit(".", 1)[1] for name in layers}
+    whole = set(layers) == {name for name in linears if name.rsplit(".", 1)[1] in kinds}  # of these kinds, every one
     return {
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != any_layer.alpha},
         "base_model_name_or_path": base,
@@ -55,7 +66,7 @@ def peft_config(layers: dict[str, LoRALinear], any_layer: LoRALinear, base: str)
         "r": any_layer.rank,
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != any_layer.rank},
         "revision": None,
-        "target_modules": sorted({name.rsplit(".", 1)[1] for name in layers}),
+        "target_modules": sorted(kinds if whole else layers),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": any_layer.rslora,
@@ -104,22 +115,29 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float | None = None)
 def _refuse_other_methods(config: dict, file: Path) -> None:
     if config.get("peft_type", "LORA") != "LORA":
         raise LetheError(f"{file}: peft_type {config['peft_type']!r} is not LORA, the only kind that can be loaded")
-    refused = {"use_dora": False, "bias": "none", "modules_to_save": None, "layers_to_transform": None, "fan_in_fan_out": False}
-    for key, plain in refused.items():
-        if config.get(key, plain) not in (plain, None, [], False):
-            raise LetheError(f"{file}: {key}={config[key]!r} is not supported; merge that adapter with PEFT and load the merged model")
+    for key, plain in BEYOND_LORA.items():
+        value = config.get(key)
+        if value is None or value is False or value in ([], {}) or value in plain:
+            continue
+        raise LetheError(f"{file}: {key}={value!r} is not supported; merge that adapter with PEFT and load the merged model")
+
+
+def _is_named(name: str, parts: str | list[str]) -> bool:
+    """PEFT's way to choose modules: a string is a regular expression, a list holds whole names or what follows a dot."""
+    if isinstance(parts, str):
+        return re.fullmatch(parts, name) is not None
+    return any(name == part or name.endswith("." + part) for part in parts)
 
 
 def _expected_shapes(model: Llama, config: dict, file: Path) -> dict[str, tuple[int, float]]:
     """Which linears the config adapts, with their rank and alpha; PEFT's defaults and patterns honoured."""
     targets = config.get("target_modules") or ["q_proj", "v_proj"]
     names = all_linears(model)
-    if isinstance(targets, str) and targets != "all-linear":
-        chosen = [name for name in names if re.fullmatch(targets, name)]  # PEFT reads a string as a regular expression
-    else:
-        suffixes = target_names([t.rsplit(".", 1)[-1] for t in targets] if isinstance(targets, list) else "all")
-        whole = [t for t in targets if t not in LINEAR_NAMES] if isinstance(targets, list) else []
-        chosen = [n for n in names if n.rsplit(".", 1)[1] in suffixes and (not whole or any(n.endswith(t) for t in targets))]
+    if isinstance(targets, list):
+        target_names([target.rsplit(".", 1)[-1] for target in targets])  # refuses what is no linear of a Llama
+    chosen = names if targets == "all-linear" else [name for name in names if _is_named(name, targets)]
+    excluded = config.get("exclude_modules")
+    chosen = [name for name in chosen if not excluded or not _is_named(name, excluded)]
     if not chosen:
         raise LetheError(f"{file}: target_modules {targets!r} match no linear of this model")
 
@@ -129,7 +147,8 @@ def _expected_shapes(model: Llama, config: dict, file: Path) -> dict[str, tuple[
                 return value
         return default
 
-    return {n: (int(pattern("rank_pattern", n, config.get("r", 8))), pattern("alpha_pattern", n, config.get("lora_alpha", 8))) for n in chosen}
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    return {name: (int(pattern("rank_pattern", name, rank)), pattern("alpha_pattern", name, alpha)) for name in chosen}
 
 
 def _refuse_misfits(wanted: dict[str, tuple[int, int]], loaded: dict[str, torch.Tensor], file: Path) -> None:
@@ -141,7 +160,8 @@ def _refuse_misfits(wanted: dict[str, tuple[int, int]], loaded: dict[str, torch.
         if foreign and not foreign[0].startswith(PREFIX + "model.layers."):
             hint = f"; keys should begin with {PREFIX}model.layers."
         raise LetheError(f"{file} does not fit this base: it {' and '.join(parts)}{hint}")
-    wrong = [f"{name} is {tuple(loaded[name].shape)}, expected {shape}" for name, shape in wanted.items() if tuple(loaded[name].shape) != shape]
+    found = {name: tuple(loaded[name].shape) for name in wanted}
+    wrong = [f"{name} is {found[name]}, expected {shape}" for name, shape in wanted.items() if found[name] != shape]
     if wrong:
         raise LetheError(f"{file} does not fit this base: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}")
     if not any(tensor.any() for name, tensor in loaded.items() if ".lora_B." in name):

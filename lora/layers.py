@@ -10,6 +10,7 @@ micro-batches, and a recomputed layer sees the same mask without anything being 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,8 +170,15 @@ def remove_lora(model: Llama) -> None:
 
 @torch.no_grad()
 def merge_adapter(model: Llama) -> None:
-    """Adds the adapters into the weights (summed in float32, rounded once to the weights' dtype) and takes them off."""
-    for layer in lora_layers(model).values():
+    """Adds the adapters into the weights (summed in float32, rounded once to the weights' dtype) and takes them off.
+
+    The model is another base afterwards, and its fingerprint says so: the adapter does not fit it a second time.
+    """
+    layers = lora_layers(model)
+    if layers and model.fingerprint:
+        content = b"".join(tensor.cpu().numpy().tobytes() for layer in layers.values() for tensor in (layer.lora_A[0], layer.lora_B[0]))
+        model.fingerprint = hashlib.sha256(model.fingerprint.encode() + content).hexdigest()[:16]
+    for layer in layers.values():
         layer.weight = nn.Parameter((layer.weight.float() + layer.delta()).to(layer.weight.dtype), requires_grad=False)
     remove_lora(model)
 
@@ -180,11 +188,13 @@ def merged(model: Llama) -> Iterator[None]:
     """Within it the model runs with its adapters merged; afterwards weights and adapters are back, bit for bit."""
     layers = lora_layers(model)
     weights = {name: layer.weight for name, layer in layers.items()}
+    fingerprint = model.fingerprint
     merge_adapter(model)
     try:
         yield
     finally:
+        model.fingerprint = fingerprint
         for name, layer in layers.items():
             layer.weight = weights[name]
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+            setattr(model.get_submodule(parent), leaf, layer.train(model.training))

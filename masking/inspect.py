@@ -23,7 +23,9 @@ class MaskedToken:
     weight: float  # 0 is dropped
 
 
-def masked_example(examples: Examples, index: int, nll: np.ndarray | None, weights: np.ndarray, tokenizer: Tokenizer) -> tuple[str, list[MaskedToken]]:
+def masked_example(
+    examples: Examples, index: int, nll: np.ndarray | None, weights: np.ndarray, tokenizer: Tokenizer
+) -> tuple[str, list[MaskedToken]]:
     """(prompt text, completion tokens) of one example. nll and weights are flat over all completions."""
     start, stop = examples.completion_offsets[index : index + 2]
     prompt = tokenizer.decode(examples.ids(index)[: examples.starts[index]].tolist(), skip_special=False)
@@ -96,5 +98,8 @@ def as_page(title: str, subtitle: str, shown: list[tuple[str, list[MaskedToken]]
             f'title="perplexity {t.perplexity:.4g}, weight {t.weight:.3g}">{html.escape(t.text).replace(chr(10), "⏎" + chr(10))}</span>'
             for t in tokens
         )
-        parts.append(f'<h2>Example {number} <small>{dropped_line(tokens)}</small></h2>\n<div class="prompt">{html.escape(prompt)}</div>\n<div class="answer">{spans}</div>\n')
+        parts.append(
+            f"<h2>Example {number} <small>{dropped_line(tokens)}</small></h2>\n"
+            f'<div class="prompt">{html.escape(prompt)}</div>\n<div class="answer">{spans}</div>\n'
+        )
     return "".join(parts)

@@ -23,7 +23,9 @@ from study.errors import LetheError
 
 
 @torch.inference_mode()
-def score_examples(model: Llama, examples: Examples, reference: str, folder: Path, batch_size: int = 64, progress: Callable[[int], None] | None = None) -> np.ndarray:
+def score_examples(
+    model: Llama, examples: Examples, reference: str, folder: Path, batch_size: int = 64, progress: Callable[[int], None] | None = None
+) -> np.ndarray:
     """nll of every completion token (the end token too), flat as Examples.completion_offsets says, float32.
 
     reference names what the model is: the adapter's fingerprint, or "base". The model is scored in eval mode, so dropout is
@@ -65,7 +67,10 @@ def score_examples(model: Llama, examples: Examples, reference: str, folder: Pat
     return result
 
 
-def example_weights(nll: np.ndarray, policy: str, settings: dict, mask_end: bool, adapter_nll: np.ndarray | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
+def example_weights(
+    nll: np.ndarray, policy: str, settings: dict, mask_end: bool,
+    adapter_nll: np.ndarray | None = None, generator: torch.Generator | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Weights of one completion, its end token kept unless mask_end has it treated like any other. settings: of token_weights."""
     body = slice(None) if mask_end else slice(-1)
     other = None if adapter_nll is None else torch.from_numpy(adapter_nll[body])
@@ -74,22 +79,29 @@ def example_weights(nll: np.ndarray, policy: str, settings: dict, mask_end: bool
 
 
 def dataset_weights(
-    examples: Examples, policy: str, settings: dict, nll: np.ndarray | None, adapter_nll: np.ndarray | None = None, mask_end: bool = False, seed: int = 0
+    examples: Examples, policy: str, settings: dict, nll: np.ndarray | None,
+    adapter_nll: np.ndarray | None = None, mask_end: bool = False, seed: int = 0,
 ) -> tuple[np.ndarray, dict]:
     """Weights of all completion tokens, flat float32, and statistics of what was dropped.
 
     nll may be None for policy none. random draws each example's tokens from (seed, example). The statistics: completion
-    tokens, dropped_share of them, emptied (examples of which only the end token, or nothing, is left).
+    tokens, dropped_share of them and its spread over examples, emptied_examples (only the end token, or nothing, is left).
     """
     offsets = examples.completion_offsets
     weights = np.ones(offsets[-1], dtype=np.float32)
-    emptied = 0
     if policy != "none":
         for i in range(len(examples)):
             span = slice(offsets[i], offsets[i + 1])
             generator = torch.Generator().manual_seed(seed * 1_000_003 + i) if policy == "random" else None
-            part = example_weights(nll[span], policy, settings, mask_end, None if adapter_nll is None else adapter_nll[span], generator)
-            weights[span] = part.numpy()
-            emptied += bool((part[:-1] == 0).all()) and len(part) > 1
-    stats = {"completion_tokens": int(offsets[-1]), "dropped_share": float((weights == 0).mean()), "emptied_examples": emptied, "mean_weight": float(weights.mean())}
+            other = None if adapter_nll is None else adapter_nll[span]
+            weights[span] = example_weights(nll[span], policy, settings, mask_end, other, generator).numpy()
+    shares = np.add.reduceat(weights == 0, offsets[:-1]) / np.diff(offsets)  # (N,) dropped share of each example
+    bodies = np.add.reduceat(weights > 0, offsets[:-1]) - (weights[offsets[1:] - 1] > 0)  # kept tokens but the end token
+    stats = {
+        "completion_tokens": int(offsets[-1]),
+        "dropped_share": float((weights == 0).mean()),
+        "dropped_share_per_example": {f"p{q}": float(np.percentile(shares, q)) for q in (5, 50, 95, 100)},
+        "emptied_examples": int(((bodies == 0) & (np.diff(offsets) > 1)).sum()),
+        "mean_weight": float(weights.mean()),
+    }
     return weights, stats

@@ -1,18 +1,20 @@
 """Which tokens of an answer to train on, and how much: one function a policy.
 
-Every policy turns the per-token losses of one completion (nll, in nats, under a reference model; the closing end-of-turn
-token left out) into weights: 0 drops a token, 1 keeps it. The caller keeps the end token, or generation would not stop.
-A policy is found by its name: `token_weights(nll, "highest")` calls `highest`.
+Every policy looks at the per-token losses of one completion (nll, in nats, under a reference model; the closing end-of-turn
+token left out) and returns which tokens to drop (bool), or how much each weighs (float). The caller keeps the end token, or
+generation would not stop.
+
+A policy is found by its name, which is also that of its arm: `--mask highest` calls `highest`. A new one is a public function
+here whose first parameter is nll; the others are settings of `token_weights`, by name, or count (see there).
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
 from torch import Tensor
-
-POLICIES = ("none", "highest", "lowest", "random", "bottom10", "dpf", "stm_dpf", "soft")
 
 
 def token_weights(
@@ -32,30 +34,56 @@ def token_weights(
     """Weights (n,) float32 of one example's completion tokens; 0 means dropped. nll (n,) float32, natural logarithm.
 
     threshold and tau are perplexities. adapter_nll: the same tokens' losses under a model fine-tuned on this task, for dpf
-    and stm_dpf. generator: for random. Raises ValueError for an unknown policy or a setting out of range.
+    and stm_dpf. generator: for random. match: the policy whose number of dropped tokens lowest and random take. Raises ValueError for an unknown policy or a setting out of range.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"mask policy {policy!r} is unknown; known: {', '.join(POLICIES)}")
+    settings = {name: value for name, value in locals().items() if name not in ("nll", "policy")}
+    known = policies()
+    if policy not in known:
+        raise ValueError(f"mask policy {policy!r} is unknown; known: {', '.join(known)}")
+    if "adapter_nll" in known[policy] and adapter_nll is None:
+        raise ValueError(f"{policy} compares two models: adapter_nll is needed")
+    if "count" in known[policy]:
+        if "count" in known.get(match, ("count",)):
+            raise ValueError(f"match {match!r} is no policy whose count could be matched")
+        settings["count"] = int((token_weights(nll, match, **settings) == 0).sum())
     nll = nll.float()
-    if policy == "none" or not len(nll):
-        return torch.ones_like(nll)
-    if policy == "soft":
-        return soft(nll, tau)
-    if policy == "bottom10":
-        dropped = bottom10(nll, group_size, overlap_ratio, ratio, direction)
-    elif policy in ("dpf", "stm_dpf"):
-        if adapter_nll is None:
-            raise ValueError(f"{policy} compares two models: adapter_nll is needed")
-        dropped = (dpf if policy == "dpf" else stm_dpf)(nll, adapter_nll.float(), threshold)
-    elif policy == "highest":
-        dropped = highest(nll, threshold)
-    else:
-        if match not in ("highest", "bottom10"):
-            raise ValueError(f"match {match!r} is unknown; known: highest, bottom10")
-        matched = highest(nll, threshold) if match == "highest" else bottom10(nll, group_size, overlap_ratio, ratio, direction)
-        count = int(matched.sum())
-        dropped = lowest(nll, count) if policy == "lowest" else random(nll, count, generator)
-    return (~dropped).float()
+    result = globals()[policy](nll, **{name: settings[name] for name in known[policy]})
+    return (~result).float() if result.dtype == torch.bool else result
+
+
+def policies() -> dict[str, tuple[str, ...]]:
+    """Every policy of this file with the settings that it takes, in the file's order."""
+    found = {}
+    for name, function in globals().items():
+        if inspect.isfunction(function) and function.__module__ == __name__ and name != "token_weights":
+            first, *rest = [*inspect.signature(function).parameters, ""]
+            if first == "nll" and not name.startswith("_"):
+                found[name] = tuple(filter(None, rest))
+    return found
+
+
+def none(nll: Tensor) -> Tensor:
+    """Plain fine-tuning: drop nothing."""
+    return torch.zeros_like(nll, dtype=torch.bool)
+
+
+def bottom10(nll: Tensor, group_size: int, overlap_ratio: float, ratio: float, direction: str) -> Tensor:
+    """Drop the `ratio` of windows with the lowest mean nll (low_ppl), or the highest (low_confidence, arXiv 2508.15260).
+
+    At least one window goes, ties to the earlier; a completion of one window loses nothing.
+    """
+    if direction not in ("low_ppl", "low_confidence"):
+        raise ValueError(f"direction {direction!r} is unknown; known: low_ppl, low_confidence")
+    dropped = torch.zeros_like(nll, dtype=torch.bool)
+    starts = windows(len(nll), group_size, overlap_ratio)
+    if len(starts) == 1:
+        return dropped
+    # Means in float64, each window for itself: equal windows tie exactly, wherever they stand.
+    means = nll.double().unfold(0, group_size, 1)[torch.tensor(starts, device=nll.device)].mean(-1)
+    order = means.argsort(stable=True, descending=direction == "low_confidence")
+    for window in order[: max(1, math.floor(ratio * len(starts) + 1e-9))].tolist():
+        dropped[starts[window] : starts[window] + group_size] = True
+    return dropped
 
 
 def highest(nll: Tensor, threshold: float) -> Tensor:
@@ -66,51 +94,16 @@ def highest(nll: Tensor, threshold: float) -> Tensor:
 
 
 def lowest(nll: Tensor, count: int) -> Tensor:
-    """The count-matched opposite: drop the `count` tokens of lowest perplexity, ties by position."""
+    """The count-matched opposite: of lowest perplexity, as many tokens as the policy `match` drops; ties by position."""
     dropped = torch.zeros_like(nll, dtype=torch.bool)
     dropped[nll.argsort(stable=True)[:count]] = True
     return dropped
 
 
 def random(nll: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """The count-matched control: drop `count` tokens drawn without replacement."""
+    """The count-matched control: as many tokens as the policy `match` drops, drawn without replacement."""
     dropped = torch.zeros_like(nll, dtype=torch.bool)
     dropped[torch.randperm(len(nll), generator=generator)[:count].to(nll.device)] = True
-    return dropped
-
-
-def windows(n: int, size: int, overlap: float) -> list[int]:
-    """Starts of the overlapping windows over n tokens: every max(1, floor(size * (1 - overlap))), the last one ending at n.
-
-    One window [0, n) where n <= size. The epsilon mends 10 * (1 - 0.9) = 0.99999… in binary floating point.
-    """
-    if size < 1 or not 0 <= overlap < 1:
-        raise ValueError(f"group_size must be at least 1 and overlap_ratio in [0, 1), got {size} and {overlap}")
-    if n <= size:
-        return [0]
-    stride = max(1, math.floor(size * (1 - overlap) + 1e-9))
-    starts = list(range(0, n - size + 1, stride))
-    if starts[-1] + size < n:
-        starts.append(n - size)
-    return starts
-
-
-def bottom10(nll: Tensor, size: int, overlap: float, ratio: float, direction: str) -> Tensor:
-    """Drop the `ratio` of windows with the lowest mean nll (low_ppl), or the highest (low_confidence, arXiv 2508.15260).
-
-    At least one window goes, ties to the earlier; a completion of one window loses nothing.
-    """
-    if direction not in ("low_ppl", "low_confidence"):
-        raise ValueError(f"direction {direction!r} is unknown; known: low_ppl, low_confidence")
-    dropped = torch.zeros_like(nll, dtype=torch.bool)
-    starts = windows(len(nll), size, overlap)
-    if len(starts) == 1:
-        return dropped
-    # Means in float64, each window for itself: equal windows tie exactly, wherever they stand.
-    means = nll.double().unfold(0, size, 1)[torch.tensor(starts, device=nll.device)].mean(-1)
-    order = means.argsort(stable=True, descending=direction == "low_confidence")
-    for window in order[: max(1, math.floor(ratio * len(starts) + 1e-9))].tolist():
-        dropped[starts[window] : starts[window] + size] = True
     return dropped
 
 
@@ -129,3 +122,19 @@ def soft(nll: Tensor, tau: float) -> Tensor:
     if tau <= 0:
         raise ValueError(f"tau must be positive, got {tau}")
     return torch.exp(-(((nll.double().exp() - 1) / tau) ** 2)).float()
+
+
+def windows(n: int, size: int, overlap: float) -> list[int]:
+    """Starts of the overlapping windows over n tokens: every max(1, floor(size * (1 - overlap))), the last one ending at n.
+
+    One window [0, n) where n <= size. The epsilon mends 10 * (1 - 0.9) = 0.99999… in binary floating point.
+    """
+    if size < 1 or not 0 <= overlap < 1:
+        raise ValueError(f"group_size must be at least 1 and overlap_ratio in [0, 1), got {size} and {overlap}")
+    if n <= size:
+        return [0]
+    stride = max(1, math.floor(size * (1 - overlap) + 1e-9))
+    starts = list(range(0, n - size + 1, stride))
+    if starts[-1] + size < n:
+        starts.append(n - size)
+    return starts

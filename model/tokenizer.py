@@ -29,6 +29,8 @@ class Tokenizer:
     def __init__(self, hf: HFTokenizer, special: dict[str, int], bos: int | None, end: list[int], template: str):
         self.hf = hf
         self.hf.encode_special_tokens = True  # "<|eot_id|>" in user text stays text
+        self.hf.no_truncation()  # some exports carry their last caller's settings
+        self.hf.no_padding()
         self.special, self.bos, self.template = special, bos, template
         # The closing token of an answer: end of turn in a chat, end of text otherwise.
         self.end_id = special["<|eot_id|>"] if template != "plain" else end[0]
@@ -90,9 +92,11 @@ class Tokenizer:
     def _plain(self, turns, open_answer: bool) -> list[int]:
         """Base models: "Input: …", newline, "Output:"; the answer follows after a space. Earlier turns stand before it."""
         text = ""
+        openings = {"user": "Input: ", "assistant": "Output: ", "system": ""}
         for role, content in turns:
-            opening = {"user": "Input: ", "assistant": "Output: ", "system": ""}[role]
-            text += f"{opening}{content.strip()}\n"
+            if role not in openings:
+                raise LetheError(f"the role {role!r} is unknown to the plain template; known: {', '.join(openings)}")
+            text += f"{openings[role]}{content.strip()}\n"
         ids = [] if self.bos is None else [self.bos]
         return ids + self.encode(text + "Output:" if open_answer else text.rstrip("\n"))
 

@@ -24,7 +24,7 @@ from study.flags import (
     read_flags,
     read_yaml,
 )
-from study.plan import MASKS, nearest
+from study.plan import nearest
 
 OPTIMIZERS = Literal["adamw"]
 DEVICE = (lambda v: v in ("auto", "cpu", "cuda") or v[:5] == "cuda:" and v[5:].isdecimal(), "auto, cpu, cuda or cuda:N")
@@ -82,7 +82,7 @@ class MaskingConfig:
     ratio: float = opt(0.1, "bottom10: share of the windows to drop", (lambda v: 0 < v < 1, "between 0 and 1"))
     direction: Literal["low_ppl", "low_confidence"] = opt("low_ppl", "bottom10: which end of the windows to drop")
     reference: Literal["start", "base", "online"] = opt("start", "the model whose perplexities decide")
-    match: Literal["highest", "bottom10"] = opt("highest", "lowest, random: drop as many as this arm")
+    match: str = opt("highest", "lowest, random: drop as many as this arm does")
     normalize: Literal["kept", "all"] = opt("kept", "divide the loss by the kept or by all completion tokens")
     mask_end: bool = opt(False, "let the end-of-turn token be dropped too")
     tau: float = opt(0.75, "soft: width of the weight exp(-((ppl - 1) / tau)^2)", POSITIVE)
@@ -104,7 +104,7 @@ class Config:
     data_root: str = opt("data", "where the data folders lie")
     pairs: str | None = opt(None, "stage-2 pairs: a:b,c:d (default: every ordered pair)")
     stage: int | None = opt(None, "1 or 2 (default: both)", (lambda v: v in (1, 2), "1 or 2"))
-    mask: str | None = opt(None, "arms: " + ",".join(MASKS) + " (default: none,bottom10,highest)")
+    mask: str | None = opt(None, "arms, see masking/weights.py (default: none,bottom10,highest)")
     out: str = opt("out/{model}", "study folder; may contain {model} and {timestamp}", SOME_TEXT)
     seed: int = opt(0, "seed of everything random", FROM_ZERO)
     seeds: str | None = opt(None, "several seeds: 0,1,2")
@@ -217,8 +217,6 @@ def _check_arms(arms: dict[str, dict], where: str) -> dict[str, dict]:
     known = [f.name for f in dataclasses.fields(StageConfig)] + ["max_train"]
     checked: dict[str, dict] = {}
     for arm, settings in arms.items():
-        if arm not in MASKS:
-            raise LetheError(f"{where}: arms: unknown arm '{arm}'{nearest(str(arm), MASKS)}")
         if not isinstance(settings, dict):
             raise LetheError(f"{where}: arms.{arm} must be a mapping such as {{learning_rate: 2e-5}}")
         layer = []

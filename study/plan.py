@@ -2,11 +2,11 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from study.errors import LetheError
 
-MASKS = ("none", "bottom10", "highest", "lowest", "random", "dpf", "stm_dpf", "soft")
 DEFAULT_ARMS = ("none", "bottom10", "highest")
 
 
@@ -46,15 +46,22 @@ def arm_label(arm: str) -> str:
     return "lora_transfer" if arm == "none" else f"mask_{arm}"
 
 
-def parse_arms(text: str | None) -> list[str]:
-    """--mask "a,b" -> arms in the order given, each once; None -> the default three."""
+def parse_arms(text: str | None, known: Iterable[str]) -> list[str]:
+    """--mask "a,b" -> arms in the order given, each once; None -> the default three. known: the policies there are."""
+    known = list(known)
     arms = list(DEFAULT_ARMS) if text is None else [part.strip() for part in text.split(",") if part.strip()]
     if not arms:
-        raise LetheError("--mask names no arm; known are " + ", ".join(MASKS))
+        raise LetheError("--mask names no arm; known are " + ", ".join(known))
     for arm in arms:
-        if arm not in MASKS:
-            raise LetheError(f"--mask: unknown arm '{arm}'{nearest(arm, MASKS)}")
+        if arm not in known:
+            raise LetheError(f"--mask: unknown arm '{arm}'{nearest(arm, known)}")
     return list(dict.fromkeys(arms))
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """Arms each once, the default ones first."""
+    arms = dict.fromkeys(arms)
+    return [arm for arm in DEFAULT_ARMS if arm in arms] + sorted(arm for arm in arms if arm not in DEFAULT_ARMS)
 
 
 def parse_pairs(text: str | None, tasks: list[str]) -> list[tuple[str, str]]:
@@ -79,14 +86,16 @@ def parse_pairs(text: str | None, tasks: list[str]) -> list[tuple[str, str]]:
 
 def plan_runs(
     tasks: list[str],
-    arms: list[str] | None = None,
-    pairs: list[tuple[str, str]] | str | None = None,
+    arms: Iterable[str] = DEFAULT_ARMS,
+    pairs: str | None = None,
     stage: int | None = None,
+    second_alone: bool = False,
 ) -> list[Run]:
     """All runs in the order of execution, parents before children, the arms of one pair side by side.
 
     stage 1: one run per task (of the pairs, where pairs are given); 2: the stage-1 parents, then every pair under
-    every arm; None: both.  Raises LetheError for unknown arms and tasks, and for names that no folder can carry.
+    every arm; None: both.  second_alone: stage 1 on the second tasks too, which some masks compare with.  Raises
+    LetheError for unknown tasks, and for names that no folder can carry.
     """
     tasks = list(dict.fromkeys(tasks))
     if not tasks:
@@ -94,18 +103,12 @@ def plan_runs(
     for task in tasks:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", task):
             raise LetheError(f"task name '{task}' cannot be a folder; use letters, digits, '_', '-', '.'")
-    arms = parse_arms(None if arms is None else ",".join(arms))
-    selected = pairs is not None
-    if pairs is None or isinstance(pairs, str):
-        pairs = parse_pairs(pairs, tasks)
-    else:
-        pairs = parse_pairs(",".join(f"{a}:{b}" for a, b in pairs), tasks)
+    selected, pairs = pairs is not None, parse_pairs(pairs, tasks)
     if stage not in (None, 1, 2):
         raise LetheError(f"--stage is 1 or 2, not {stage}")
     if stage == 2 and not pairs:
         raise LetheError(f"stage 2 needs a second task beside '{tasks[0]}'; name two with --datasets")
-    both = stage != 2 or not {"dpf", "stm_dpf"}.isdisjoint(arms)  # these compare with stage 1 on the second task
-    in_pairs = {a for a, _ in pairs} | ({b for _, b in pairs} if both else set())
+    in_pairs = {a for a, _ in pairs} | ({b for _, b in pairs} if stage != 2 or second_alone else set())
     wanted = [task for task in tasks if task in in_pairs] if selected or stage == 2 else tasks
     runs = [Run(1, "none", task, None, f"lora_base/{task}", None) for task in wanted]
     if stage != 1:

@@ -15,7 +15,7 @@ import numpy
 
 from metrics.statistics import seed_interval
 from study.logging import format_table
-from study.plan import MASKS, arm_label
+from study.plan import arm_label, in_order
 
 WORDS = {
     "exact_match": "Exact match",
@@ -83,9 +83,8 @@ def tasks_of(rows: Iterable[dict]) -> list[str]:
 
 
 def arms_of(rows: Iterable[dict]) -> list[str]:
-    """The stage-2 arms, the known ones in their usual order."""
-    arms = dict.fromkeys(row["arm"] for row in rows if stage_of(row) == 2)
-    return [arm for arm in MASKS if arm in arms] + [arm for arm in arms if arm not in MASKS]
+    """The stage-2 arms, the default ones first."""
+    return in_order(row["arm"] for row in rows if stage_of(row) == 2)
 
 
 def scale_of(metric: str) -> float:

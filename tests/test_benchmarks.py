@@ -56,5 +56,6 @@ def test_the_seed_is_the_model(tmp_path, capsys):
 def test_it_is_a_command(tmp_path):
     script = REPO / "benchmarks" / "make_random_llama.py"
     source = write_folder(tmp_path / "source")
-    done = subprocess.run([sys.executable, script, "--config", source, "--out", tmp_path / "out"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, script, "--config", source, "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "model.safetensors" in done.stdout, done.stderr

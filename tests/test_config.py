@@ -121,7 +121,6 @@ def test_bad_flags_are_one_line(argv, words):
         ("a: [1", "not valid YAML"),
         ("strict: 3", "true or false"),
         ("lora: 3", "unknown key 'lora'"),
-        ("arms: {bottom1: {epochs: 1}}", "did you mean 'bottom10'?"),
         ("arms: {highest: {epoch: 1}}", "did you mean 'epochs'?"),
         ("arms: {highest: {epochs: x}}", "arms.highest.epochs must be a number"),
         ("arms: 3", "mapping"),

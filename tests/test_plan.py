@@ -6,6 +6,7 @@ from study.errors import LetheError
 from study.plan import DEFAULT_ARMS, Run, arm_folder, arm_label, cells_to_score, parse_arms, parse_pairs, plan_runs
 
 THREE = ["a", "b", "c"]
+KNOWN = ("none", "bottom10", "highest", "soft")
 
 
 def test_default_plan_is_both_stages_every_pair_every_arm():
@@ -26,7 +27,7 @@ def test_default_plan_is_both_stages_every_pair_every_arm():
 
 def test_selections():
     assert [r.folder for r in plan_runs(THREE, stage=1)] == ["lora_base/a", "lora_base/b", "lora_base/c"]
-    runs = plan_runs(THREE, ["highest"], [("b", "a")], 2)
+    runs = plan_runs(THREE, ["highest"], "b:a", 2)
     assert [r.folder for r in runs] == ["lora_base/b", "mask/highest/b_to_a"]
     assert [r.folder for r in plan_runs(THREE, ["none"], "b:a")] == [
         "lora_base/a",
@@ -59,15 +60,15 @@ def test_names_of_arms():
         "mask/dpf",
     ]
     assert [arm_label(a) for a in ("none", "bottom10")] == ["lora_transfer", "mask_bottom10"]
-    assert parse_arms(None) == list(DEFAULT_ARMS) and parse_arms("soft, none,soft") == ["soft", "none"]
+    assert parse_arms(None, KNOWN) == list(DEFAULT_ARMS) and parse_arms("soft, none,soft", KNOWN) == ["soft", "none"]
     assert parse_pairs("a:b, c:a,a:b", THREE) == [("a", "b"), ("c", "a")]
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: parse_arms("botom10"), "did you mean 'bottom10'?"),
-        (lambda: parse_arms(" , "), "no arm"),
+        (lambda: parse_arms("botom10", KNOWN), "did you mean 'bottom10'?"),
+        (lambda: parse_arms(" , ", KNOWN), "no arm"),
         (lambda: parse_pairs("gsm8k:svmp", ["gsm8k", "svamp"]), "did you mean 'svamp'?"),
         (lambda: parse_pairs("a", THREE), "first:second"),
         (lambda: parse_pairs("a:a", THREE), "twice"),

@@ -295,6 +295,7 @@ def test_several_seeds(tiny, tmp_path, no_pictures, finished):
     for n in (0, 1):
         assert (tmp_path / f"seed{n}/study.json").is_file() and (tmp_path / f"seed{n}/tensorboard").is_dir()
         assert read_json(tmp_path / f"seed{n}/eval_results_mask.json")["results"] == [row for row in rows if row["seed"] == n]
+    assert train.main(words(tiny, tmp_path)) == 2  # one seed into the folder of several would be lost to sight
     before = times(tmp_path, "*.jsonl")
     assert evaluation.main(["--root", str(tmp_path)]) == 0 and times(tmp_path, "*.jsonl") == before
 
@@ -322,6 +323,13 @@ def test_every_mask_runs(tiny, tmp_path, no_pictures, reference, arms, more):
     # Under their own model's losses each arm soon sees other losses, so there the counts match at the first step only.
     assert abs(shares["lowest"] - shares["random"]) <= (0.05 if reference == "online" else 0) and 0 < shares["random"] < 1
     assert len(list((tmp_path / "perplexity").glob("*"))) == {"start": 2, "base": 2, "online": 0}[reference]
+
+
+def test_dpf_alone_trains_the_model_that_it_compares_with(tiny, tmp_path, no_pictures, capsys):
+    command = words(tiny, tmp_path, "--mask", "dpf", "--pairs", "mini_svamp:mini_simpleqa", "--threshold", 0)
+    assert "--stage 1 first" in one_line([*command, "--inspect", "1"], capsys)
+    assert train.main([*command, "--stage", "2"]) == 0
+    assert set(adapters(tmp_path)) == {"lora_base/mini_svamp", "lora_base/mini_simpleqa", f"mask/dpf/{PAIRS[0]}"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -13,18 +13,19 @@ from model import load_tokenizer
 from study.errors import LetheError
 
 DATE = "26 Jul 2024"
-SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]  # fmt: skip
+SPECIAL = [f"<|{name}|>" for name in "begin_of_text end_of_text finetune_right_pad_id start_header_id end_header_id eom_id eot_id".split()]
 # Llama 3's way to cut text into words, and the chat format of its instruct models in a few lines.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT = """{{- bos_token }}
 {%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' %}
 {%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n' }}
+{{- 'Today Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}
 {%- for turn in turns %}
 {{- '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\\n\\n' + turn['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
-TEXT = "How many apples are left in the basket?\n\nThe answer is 42. Cutting Knowledge Date: December 2023 Today Date: 26 Jul 2024 user assistant system"
+TEXT = "How many apples are left in the basket?\n\nThe answer is 42. Cutting Knowledge Date: December 2023 Today Date: 26 Jul 2024"
 CONVERSATIONS = [
     [("user", "How many apples are left?")],
     [("system", "You are terse."), ("user", "How many?")],
@@ -60,9 +61,11 @@ def toy(tmp_path_factory):
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     hf.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     hf.decoder = decoders.ByteLevel()
-    hf.train_from_iterator([TEXT] * 3, BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bytes_first = pre_tokenizers.ByteLevel.alphabet()
+    hf.train_from_iterator([TEXT] * 3, BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=bytes_first))
     hf.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "chat_template": CHAT}))
+    settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "chat_template": CHAT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -91,10 +94,11 @@ def test_user_text_injects_nothing(toy, toy_peer):
 def test_bare_template_leaves_the_system_block_out(toy):
     full, bare = load_tokenizer(toy), load_tokenizer(toy, "llama3-bare")
     ids = bare.render_chat(messages([("user", "How many?")]))
-    text = bare.decode(ids, skip_special=False)
-    assert text == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    begin = "<|begin_of_text|>"
+    user, opened = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+    assert bare.decode(ids, skip_special=False) == f"{begin}{user}How many?<|eot_id|>{opened}"
     said = bare.decode(bare.render_chat(messages([("system", "Be terse."), ("user", "Hi")]), False), skip_special=False)
-    assert said == "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe terse.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    assert said == f"{begin}<|start_header_id|>system<|end_header_id|>\n\nBe terse.<|eot_id|>{user}Hi<|eot_id|>"
     assert full.fingerprint != bare.fingerprint
 
 
@@ -194,7 +198,8 @@ def test_real_conversations_equal_transformers(instruct, real_data):
         if number % 3 == 0:
             turns += [("assistant", answer), ("user", "Are you sure?")]
         check_chat(tokenizer, hf, turns)
-        assert tokenizer.render_prompt(tuple(turns)) + tokenizer.render_answer(answer) == theirs_ids(hf, [*turns, ("assistant", answer)], False)
+        ids = tokenizer.render_prompt(tuple(turns)) + tokenizer.render_answer(answer)
+        assert ids == theirs_ids(hf, [*turns, ("assistant", answer)], False)
 
 
 def test_released_tokenizer_keeps_injected_text_as_text(instruct):

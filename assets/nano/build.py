@@ -92,7 +92,8 @@ def pretrain(model: Llama, rows: np.ndarray, compile_model: bool = False) -> flo
     def optimizers(masters: list[torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
         matrix = [w.dim() == 2 and "embed" not in name for name, w in zip(names, masters, strict=True)]
         return [
-            torch.optim.Muon([w for w, m in zip(masters, matrix, strict=True) if m], lr=8e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon([w for w, m in zip(masters, matrix, strict=True) if m], lr=8e-3, weight_decay=0.01,
+                             adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW([w for w, m in zip(masters, matrix, strict=True) if not m], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
         ]
 
