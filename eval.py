@@ -34,7 +34,7 @@ from study.errors import LetheError
 from study.folder import newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
 from study.logging import RunLog, format_table, progress
 from study.plan import Run, cells_to_score, in_order
-from study.plots import draw_all, figures
+from study.plots import draw_all
 from study.results import summary_table
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,17 +228,23 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
             draw_all(mine, tree / "performance_matrices_mask")
     if not rows:
         raise LetheError(f"{root}: nothing is scored yet; run python train.py first")
-    write_json(root / "eval_results_mask.json", {"results": rows})
     pictures = draw_all(rows, root / "performance_matrices_mask")
     with RunLog(root, "study") as log:
-        for name, figure in figures(rows).items():
-            log.figure(name, figure)
+        for path in pictures:
+            log.picture(path.stem, path)
+    write_json(root / "eval_results_mask.json", {"results": rows})  # last: is_reported goes by it
     if not quiet:
         print("\n" + summary_table(rows, dropped))
         print(f"\nresults    {root / 'eval_results_mask.json'}")
         print(f"pictures   {root / 'performance_matrices_mask'}/ ({len(pictures)})")
         print(f"curves     tensorboard --logdir {root / 'tensorboard' if len(trees) == 1 else root}")
     return rows
+
+
+def is_reported(root: Path) -> bool:
+    """True when results and pictures have been made since the last cell was scored."""
+    results = root / "eval_results_mask.json"
+    return results.is_file() and all(file.stat().st_mtime_ns <= results.stat().st_mtime_ns for file in root.glob("**/eval/*.jsonl"))
 
 
 def evaluate_study(arguments: EvalConfig) -> None:

@@ -346,7 +346,7 @@ def run_study(config: Config, argv: list[str]) -> None:
         worked += len(todo) + scored
     if config.inspect:
         return
-    if not worked and (root / "eval_results_mask.json").is_file():
+    if not worked and evaluation.is_reported(root):
         print(f"nothing to do: every run is trained and every cell is scored; python eval.py --root {root} shows the results")
         return
     evaluation.report(root)
@@ -364,7 +364,7 @@ def refuse_masks(config: Config, arms: list[str]) -> None:
     for arm in arms:
         asked = masking.match if "count" in known[arm] else arm
         if masking.threshold == 0 and asked in ("highest", "stm_dpf"):
-            raise LetheError(f"--mask {arm} drops what lies above --threshold, a perplexity: it must be above 0 (dpf alone takes 0, a difference)")
+            raise LetheError(f"--mask {arm} drops what lies above --threshold, a perplexity: give one above 0 (dpf alone takes 0)")
         if masking.reference == "online" and "adapter_nll" in known[arm]:
             raise LetheError(f"--mask {arm} compares two stored models; give --reference start or base")
 

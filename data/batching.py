@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +46,20 @@ class Examples:
 
     @classmethod
     def from_pairs(cls, pairs: list[tuple[list[int], list[int]]]) -> Examples:
-        """Examples in memory, from (prompt ids, completion ids)."""
+        """Examples in memory, from (prompt ids, completion ids). Raises ValueError where either of them is empty."""
+        if not all(prompt and answer for prompt, answer in pairs):
+            raise ValueError("a prompt or an answer is empty: each needs at least one token")
         flat = np.array([token for prompt, answer in pairs for token in (*prompt, *answer)], dtype=np.uint32)
         offsets = np.cumsum([0, *(len(prompt) + len(answer) for prompt, answer in pairs)])
-        return cls("", flat, offsets, np.array([len(prompt) for prompt, _ in pairs]), {})
+        starts = np.array([len(prompt) for prompt, _ in pairs], dtype=np.int64)
+        key = hashlib.sha256(flat.tobytes() + offsets.tobytes() + starts.tobytes()).hexdigest()[:16]
+        return cls(key, flat, offsets, starts, {})
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def completion_offsets(self) -> np.ndarray:
         """(N + 1,): where each example's completion begins in a flat array over all completions."""
         return np.concatenate(([0], np.cumsum(self.lengths - self.starts)))
@@ -99,6 +104,8 @@ def tokenize(
         _write_tokens(records, tokenizer, max_length, folder, limit, bad_rows or Report())
     report = json.loads((folder / "report.json").read_text())
     index = np.load(folder / "index.npy")
+    if not report["rows"]:
+        raise LetheError("there is not one record to train on; look at the file and at what its reading reported")
     if not len(index):
         raise LetheError(
             f"{report['source']}: of {report['rows']} examples none is left to train on: no answer fits into --max_length {max_length}"

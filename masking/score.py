@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from data.batching import Examples, collate
 from kernels import linear_nll
 from masking.weights import token_weights
 from model.llama import Llama
 from study.errors import LetheError
+from study.folder import write_bytes
 
 
 @torch.inference_mode()
@@ -29,40 +31,46 @@ def score_examples(
     """nll of every completion token (the end token too), flat as Examples.completion_offsets says, float32.
 
     reference names what the model is: the adapter's fingerprint, or "base". The model is scored in eval mode, so dropout is
-    off. Cached in folder/{key}.safetensors. Raises LetheError where a cached file belongs to other tokens.
+    off. Cached in folder/{key}.safetensors. Raises LetheError where a cached file is cut or belongs to other tokens, and
+    where a loss is not finite.
     """
     key = hashlib.sha256(json.dumps([model.fingerprint, reference, examples.key, str(model.dtype)]).encode()).hexdigest()[:16]
     file, partial = folder / f"{key}.safetensors", folder / f"{key}.partial"
     ids = np.concatenate([examples.completion(i) for i in range(len(examples))])
     if file.is_file():
-        stored = load_file(file)
+        try:
+            stored = load_file(file)
+        except SafetensorError as error:
+            raise LetheError(f"{file} is cut or no safetensors file ({error}); delete it and run again") from error
         if not np.array_equal(stored["ids"], ids):
             raise LetheError(f"{file} holds the scores of other tokens than this data set's; delete it and run again")
         return stored["nll"]
     folder.mkdir(parents=True, exist_ok=True)
-    # NaN marks what is not scored yet; a file of the wrong size is a leftover of a failed write.
-    fresh = not partial.is_file() or partial.stat().st_size != 4 * len(ids)
-    nll = np.memmap(partial, dtype=np.float32, mode="w+" if fresh else "r+", shape=(len(ids),))
-    if fresh:
-        nll[:] = np.nan
-    offsets = examples.completion_offsets
-    todo = [i for i in np.argsort(examples.lengths, kind="stable").tolist() if np.isnan(nll[offsets[i] : offsets[i + 1]]).any()]
+    # NaN marks what is not scored yet; a file of the wrong size is a leftover of a failed write. It is written out before
+    # it is mapped, so that a full disk is an error here and not a fatal signal later.
+    if not partial.is_file() or partial.stat().st_size != 4 * len(ids):
+        np.full(len(ids), np.nan, dtype=np.float32).tofile(partial)
+    nll = np.memmap(partial, dtype=np.float32, mode="r+", shape=(len(ids),))
+    offsets, lengths = examples.completion_offsets, examples.lengths
+    todo = [i for i in np.argsort(lengths, kind="stable").tolist() if np.isnan(nll[offsets[i] : offsets[i + 1]]).any()]
     was_training = model.training
     model.eval()
-    for at in range(0, len(todo), batch_size):
-        chosen = sorted(todo[at : at + batch_size], key=lambda i: (-examples.lengths[i], i))
-        (micro,) = collate(examples, chosen, len(chosen), None)
-        micro = micro.to(model.device)
-        scored = linear_nll(model.hidden(micro.input_ids, rows=micro.rows), model.head_weight, micro.targets).cpu().numpy()
-        for i, part in zip(chosen, np.split(scored, np.cumsum(micro.sizes)[:-1]), strict=True):
-            nll[offsets[i] : offsets[i + 1]] = part
-        if progress:
-            progress(len(chosen))
-    model.train(was_training)
+    try:
+        for at in range(0, len(todo), batch_size):
+            chosen = sorted(todo[at : at + batch_size], key=lambda i: (-lengths[i], i))  # as collate orders them
+            (micro,) = collate(examples, chosen, len(chosen), None)
+            micro = micro.to(model.device)
+            scored = linear_nll(model.hidden(micro.input_ids, rows=micro.rows), model.head_weight, micro.targets).cpu().numpy()
+            if not np.isfinite(scored).all():
+                raise LetheError(f"the reference model gives NaN or infinite losses (examples {chosen[:8]} …); try --dtype float32")
+            for i, part in zip(chosen, np.split(scored, np.cumsum(micro.sizes)[:-1]), strict=True):
+                nll[offsets[i] : offsets[i + 1]] = part
+            if progress:
+                progress(len(chosen))
+    finally:
+        model.train(was_training)
     result = np.array(nll)
-    temporary = folder / f"{key}.writing"
-    save_file({"nll": result, "ids": ids}, temporary)
-    temporary.replace(file)
+    write_bytes(file, save({"nll": result, "ids": ids}))
     partial.unlink()
     return result
 
@@ -71,10 +79,16 @@ def example_weights(
     nll: np.ndarray, policy: str, settings: dict, mask_end: bool,
     adapter_nll: np.ndarray | None = None, generator: torch.Generator | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Weights of one completion, its end token kept unless mask_end has it treated like any other. settings: of token_weights."""
+    """Weights of one completion, its end token kept unless mask_end has it treated like any other.
+
+    settings: of token_weights, whose ValueError for one out of range becomes a LetheError here.
+    """
     body = slice(None) if mask_end else slice(-1)
     other = None if adapter_nll is None else torch.from_numpy(adapter_nll[body])
-    weights = token_weights(torch.from_numpy(nll[body]), policy, adapter_nll=other, generator=generator, **settings)
+    try:
+        weights = token_weights(torch.from_numpy(nll[body]), policy, adapter_nll=other, generator=generator, **settings)
+    except ValueError as error:
+        raise LetheError(f"--mask {policy}: {error}") from error
     return weights if mask_end else torch.cat([weights, torch.ones(1)])
 
 
@@ -95,13 +109,14 @@ def dataset_weights(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + i) if policy == "random" else None
             other = None if adapter_nll is None else adapter_nll[span]
             weights[span] = example_weights(nll[span], policy, settings, mask_end, other, generator).numpy()
-    shares = np.add.reduceat(weights == 0, offsets[:-1]) / np.diff(offsets)  # (N,) dropped share of each example
-    bodies = np.add.reduceat(weights > 0, offsets[:-1]) - (weights[offsets[1:] - 1] > 0)  # kept tokens but the end token
+    shares = np.add.reduceat((weights == 0).astype(np.int64), offsets[:-1]) / np.diff(offsets)  # (N,) dropped share of each example
+    ends = weights[offsets[1:] - 1] > 0
+    bodies = np.add.reduceat((weights > 0).astype(np.int64), offsets[:-1]) - ends  # kept tokens but the end token
     stats = {
         "completion_tokens": int(offsets[-1]),
         "dropped_share": float((weights == 0).mean()),
         "dropped_share_per_example": {f"p{q}": float(np.percentile(shares, q)) for q in (5, 50, 95, 100)},
-        "emptied_examples": int(((bodies == 0) & (np.diff(offsets) > 1)).sum()),
+        "emptied_examples": int(((bodies == 0) & ((np.diff(offsets) > 1) | ~ends)).sum()),
         "mean_weight": float(weights.mean()),
     }
     return weights, stats

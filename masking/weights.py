@@ -10,6 +10,7 @@ here whose first parameter is nll; the others are settings of `token_weights`, b
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 
@@ -34,7 +35,8 @@ def token_weights(
     """Weights (n,) float32 of one example's completion tokens; 0 means dropped. nll (n,) float32, natural logarithm.
 
     threshold and tau are perplexities. adapter_nll: the same tokens' losses under a model fine-tuned on this task, for dpf
-    and stm_dpf. generator: for random. match: the policy whose number of dropped tokens lowest and random take. Raises ValueError for an unknown policy or a setting out of range.
+    and stm_dpf. generator: for random. match: the policy whose number of dropped tokens lowest and random take. Raises
+    ValueError for an unknown policy or a setting out of range.
     """
     settings = {name: value for name, value in locals().items() if name not in ("nll", "policy")}
     known = policies()
@@ -51,6 +53,7 @@ def token_weights(
     return (~result).float() if result.dtype == torch.bool else result
 
 
+@functools.cache  # it is asked once per example
 def policies() -> dict[str, tuple[str, ...]]:
     """Every policy of this file with the settings that it takes, in the file's order."""
     found = {}

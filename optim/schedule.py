@@ -12,6 +12,8 @@ def lr_factor(step: int, total: int, warmup: int, kind: str = "cosine", floor: f
 
     Step 0 already learns (factor 1 / warmup), and the last step still does. Raises ValueError for an unknown kind.
     """
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule {kind!r} is unknown; known: {', '.join(SCHEDULES)}")
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)  # 0 … just under 1
@@ -19,6 +21,4 @@ def lr_factor(step: int, total: int, warmup: int, kind: str = "cosine", floor: f
         return 1.0
     if kind == "linear":
         return floor + (1 - floor) * (1 - progress)
-    if kind == "cosine":
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    raise ValueError(f"schedule {kind!r} is unknown; known: {', '.join(SCHEDULES)}")
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

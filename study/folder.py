@@ -64,6 +64,7 @@ def replacing(path: str | Path):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only their owner may read
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -71,6 +72,12 @@ def replacing(path: str | Path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -73,16 +73,12 @@ class RunLog:
 
             self.writer.add_histogram(tag, numpy.asarray(values, dtype="float64"), step)
 
-    def figure(self, tag: str, figure: Any, step: int = 0) -> None:
-        """A matplotlib figure."""
+    def picture(self, tag: str, path: str | Path, step: int = 0) -> None:
+        """A PNG file."""
         if self.enabled:
-            import numpy
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.image import imread
 
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]  # (height, width, 3)
-            self.writer.add_image(tag, pixels, step, dataformats="HWC")
+            self.writer.add_image(tag, imread(path)[..., :3], step, dataformats="HWC")
 
     def close(self) -> None:
         if self.writer is not None:

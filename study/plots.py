@@ -313,8 +313,8 @@ def _cycle(values: tuple) -> Iterable:
         yield from values
 
 
-def figures(rows: list[dict]) -> dict[str, Figure]:
-    """Every picture that the rows allow, by file name without its ending."""
+def draw_all(rows: list[dict], folder: str | Path) -> list[Path]:
+    """Draws every picture that the rows allow into `folder` (performance_matrices_mask/); returns the files."""
     found = {}
     scored = {(row.get("metric"), stage_of(row) == 2) for row in rows}
     if ("exact_match", False) in scored:
@@ -329,9 +329,4 @@ def figures(rows: list[dict]) -> dict[str, Figure]:
             found[f"heatmap_second_exact_match_{arm_label(arm)}"] = heatmap_figure(rows, arm, which="second")
     if ("exact_match", True) in scored:
         found["learning_vs_retention"] = scatter_figure(rows)
-    return found
-
-
-def draw_all(rows: list[dict], folder: str | Path) -> list[Path]:
-    """Draws every picture that the rows allow into `folder` (performance_matrices_mask/); returns the files."""
-    return [_save(figure, Path(folder) / f"{name}.png") for name, figure in figures(rows).items()]
+    return [_save(figure, Path(folder) / f"{name}.png") for name, figure in found.items()]

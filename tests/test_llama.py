@@ -65,7 +65,7 @@ def test_both_spellings_of_the_rotary_settings(tmp_path, shape):
 
 def test_released_rotary_settings_reach_far():
     """Frequencies of Llama-3.2-1B itself, against its published formula in float64."""
-    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaling = {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}
     raw = raw_config(hidden_size=2048, num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, rope_scaling=scaling)
     expected = []
     for i in range(32):

@@ -30,7 +30,8 @@ def test_one_run_holds_everything(tmp_path):
         log.histogram("empty", [], 1)
         figure = Figure(figsize=(1, 1))
         figure.add_subplot().plot([1, 2])
-        log.figure("heat", figure, 1)
+        figure.savefig(tmp_path / "heat.png")
+        log.picture("heat", tmp_path / "heat.png", 1)
         log.hparams({"lr": 0.1, "arm": "highest", "off": None, "targets": ["q"]}, {"eval/em": 0.5}, 2)
     runs = [p.parent for p in (tmp_path / "tensorboard").rglob("*tfevents*")]
     assert runs == [tmp_path / "tensorboard" / "mask__highest__a_to_b"]

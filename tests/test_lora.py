@@ -194,8 +194,9 @@ def test_not_finite(pair, value):
     ("key", "value"),
     [
         ("use_dora", True), ("bias", "all"), ("bias", "lora_only"), ("modules_to_save", ["lm_head"]), ("layers_to_transform", [1]),
-        ("layers_to_transform", 0), ("fan_in_fan_out", True), ("lora_bias", True), ("use_qalora", True), ("alora_invocation_tokens", [1, 2]),
-        ("layer_replication", [[0, 2], [1, 2]]), ("trainable_token_indices", [3]), ("target_parameters", ["x"]),
+        ("layers_to_transform", 0), ("fan_in_fan_out", True), ("lora_bias", True), ("use_qalora", True),
+        ("alora_invocation_tokens", [1, 2]), ("layer_replication", [[0, 2], [1, 2]]),
+        ("trainable_token_indices", [3]), ("target_parameters", ["x"]),
         ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
     ],
 )  # fmt: skip
@@ -225,7 +226,7 @@ def test_other_files(pair, tmp_path):
 
 def test_settings_out_of_range(tmp_path):
     model = tiny_model(tmp_path)
-    wrong = {"rank": (0, "rank must be at least 1"), "dropout": (1.0, r"dropout must lie in \[0, 1\)"), "targets": ("q", "target 'q' is unknown")}
+    wrong = {"rank": (0, "at least 1"), "dropout": (1.0, r"must lie in \[0, 1\)"), "targets": ("q", "target 'q' is unknown")}
     for key, (value, message) in wrong.items():
         with pytest.raises(LetheError, match=message):
             add_lora(model, **{key: value})

@@ -229,6 +229,21 @@ def test_ctrl_c_while_scoring(study, finished, tiny, monkeypatch, no_pictures):
     assert cells(study) == cells(finished)
 
 
+def test_ctrl_c_while_drawing(study, tiny, monkeypatch, capsys, no_pictures):
+    """The pictures of a study are owed until they are there, also where older results lie in the folder."""
+    (study / "base/eval/mini_svamp.jsonl").unlink()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "draw_all", stopped)
+        assert train.main(words(tiny, study)) == 130
+    capsys.readouterr()
+    assert train.main(words(tiny, study)) == 0 and "nothing to do" not in capsys.readouterr().out
+    assert train.main(words(tiny, study)) == 0 and "nothing to do" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # eval.py
 
