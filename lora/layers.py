@@ -45,9 +45,45 @@ class LoRALinear(nn.Linear):
         return self.scale * (self.lora_B.float() @ self.lora_A.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = drop(x, self.dropout, self.row_keys, self.salt) if self.training and self.dropout else x
-        thin = F.linear(dropped, self.lora_A.to(x.dtype))  # (…, rank)
-        return F.linear(x, self.weight, self.bias) + F.linear(thin * self.scale, self.lora_B.to(x.dtype))
+        p = self.dropout if self.training else 0.0
+        keys, rows = self.row_keys, x.shape[:-1].numel()
+        if p and (keys is None or keys.numel() != rows):  # plain use outside the training loop
+            keys = torch.randint(-(2**31), 2**31 - 1, (rows,), dtype=torch.int32, device=x.device)
+        factors = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return _LowRank.apply(x, self.weight, self.bias, *factors, self.scale, p, keys, self.salt)
+
+
+class _LowRank(torch.autograd.Function):
+    """x W^T + scale * (dropout(x) A^T) B^T with W frozen. Keeps x and the thin product; masks are made again in backward.
+
+    The rank-r products come first, so neither B A nor a gradient of W is ever formed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scale, p, keys, salt):
+        flat = x.reshape(-1, x.shape[-1])  # (M, in)
+        thin = (drop(flat, p, keys, salt) @ A.T) * scale  # (M, rank)
+        out = F.linear(flat, weight, bias).addmm_(thin, B.T)  # (M, out)
+        ctx.save_for_backward(flat, weight, A, B, thin, keys)
+        ctx.settings = scale, p, salt
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        flat, weight, A, B, thin, keys = ctx.saved_tensors
+        scale, p, salt = ctx.settings
+        shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])  # (M, out)
+        grad_thin = (grad @ B) * scale  # (M, rank)
+        grad_B = grad.T @ thin
+        grad_A = grad_thin.T @ drop(flat, p, keys, salt)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if p:
+                grad_x = (grad @ weight).add_(drop(grad_thin @ A, p, keys, salt))
+            else:
+                grad_x = (grad @ weight).addmm_(grad_thin, A)
+            grad_x = grad_x.view(*shape[:-1], -1)
+        return grad_x, None, None, grad_A, grad_B, None, None, None, None
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -58,18 +94,17 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def drop(x: Tensor, p: float, row_keys: Tensor | None, salt: int) -> Tensor:
-    """Inverted dropout of x (…, N): element (row, column) survives if a hash of (row key, salt, column) says so.
+    """Inverted dropout of x (M, N): element (row, column) survives if a hash of (row key, salt, column) says so.
 
-    Without row keys (plain use outside the training loop) fresh ones come from torch's generator.
+    row_keys (M,) int32. The same keys and salt give the same mask to whatever x. p = 0 gives x itself.
     """
-    rows = x.shape[:-1].numel()
-    if row_keys is None or row_keys.numel() != rows:
-        row_keys = torch.randint(-(2**31), 2**31 - 1, (rows,), dtype=torch.int32, device=x.device)
-    row = _mix(row_keys ^ _to_int32(salt * 0x9E3779B1)).view(*x.shape[:-1], 1)
+    if not p:
+        return x
+    row = _mix(row_keys ^ _to_int32(salt * 0x9E3779B1))[:, None]
     column = _mix(torch.arange(1, x.shape[-1] + 1, dtype=torch.int32, device=x.device))
     # xor joins two well-mixed words; the odd factor breaks its linearity. Three cheap passes over x, nothing stored.
     keep = (row ^ column).mul_(-1640531535) >= _to_int32(-(2**31) + int(p * 2**32))
-    return torch.where(keep, x, 0.0) * (1.0 / (1.0 - p))
+    return torch.where(keep, x, 0.0).mul_(1.0 / (1.0 - p))
 
 
 def _to_int32(value: int) -> int:

@@ -367,8 +367,8 @@ def test_dropout_statistics(p):
         assert correlation(one[64:], one[:-64]) < limit  # the same position of the next example
 
 
-def test_dropout_is_a_function_of_its_key():
-    x, examples = torch.randn(2, 10, 16), torch.tensor([4, 8])
+def test_dropout_is_a_function_of_its_key(tmp_path):
+    x, examples = torch.randn(20, 16), torch.tensor([4, 8])
     keys = dropout_keys(1, 2, examples, 10)
     assert torch.equal(drop(x, 0.3, keys, 1), drop(x, 0.3, keys, 1))
     others = [dropout_keys(2, 2, examples, 10), dropout_keys(1, 3, examples, 10), dropout_keys(1, 2, examples + 1, 10)]
@@ -376,7 +376,12 @@ def test_dropout_is_a_function_of_its_key():
     # Longer padding and another place in the batch leave an example's keys alone.
     longer = dropout_keys(1, 2, torch.tensor([7, 8, 4]), 25).view(3, 25)
     assert torch.equal(longer[2, :10], keys.view(2, 10)[0]) and torch.equal(longer[1, :10], keys.view(2, 10)[1])
-    assert not torch.equal(drop(x, 0.3, None, 1), drop(x, 0.3, None, 1))  # without keys: torch's generator
+    model = tiny_model(tmp_path)
+    add_lora(model, 4, 4.0, dropout=0.5)
+    layer = next(iter(lora_layers(model.train()).values()))
+    torch.nn.init.normal_(layer.lora_B)
+    state = torch.randn(2, 3, layer.in_features)
+    assert not torch.equal(layer(state), layer(state))  # without keys: torch's generator
     assert dropout_keys(2**40 + 3, 10**6, torch.tensor([10**9]), 3).dtype == torch.int32
 
 
