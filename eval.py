@@ -30,7 +30,7 @@ from model.generate import generate
 from model.llama import Llama
 from model.tokenizer import Tokenizer, load_tokenizer
 from study.config import Config, EvalConfig, parse, parse_eval
-from study.errors import LetheError
+from study.errors import LetheError, run_command
 from study.folder import newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
 from study.logging import RunLog, format_table, progress
 from study.plan import Run, cells_to_score, in_order
@@ -300,22 +300,11 @@ def evaluate_model(arguments: EvalConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def work() -> None:
         arguments = parse_eval(sys.argv[1:] if argv is None else argv)
         evaluate_model(arguments) if arguments.model else evaluate_study(arguments)
-    except LetheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; what was scored is kept, the same command goes on", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch_size", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be read
-        print(f"error: {error.filename or 'file system'}: {error.strerror or error}; what is done is kept", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from model.llama import Llama
 from optim.masters import collect_gradients, make_masters, write_back
 from optim.schedule import lr_factor
 from study.config import Config, config_text, parse, parse_seeds, stage_config
-from study.errors import LetheError
+from study.errors import LetheError, run_command
 from study.folder import StudyFolder, expand_out, identity_of, is_done, open_study, seed_folders, write_json, write_text
 from study.logging import RunLog, format_table, memory_gib, progress
 from study.plan import Run, arm_label, nearest, parse_arms, plan_runs
@@ -321,6 +321,8 @@ def run_study(config: Config, argv: list[str]) -> None:
     root = expand_out(config.out, config.model.name)
     subject = evaluation.load_subject(config.model.name, config.device, config.dtype, config.template)
     print(subject.about)
+    # What "auto" turned out to be is part of the study: another machine must not mix its own choice in.
+    config = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)
     seeds, worked = parse_seeds(config), 0
     if (root / "study.json").is_file() if config.seeds else seed_folders(root) != [root]:
         raise LetheError(f"{root} holds a study of {'one seed' if config.seeds else 'several seeds'}; choose another folder with --out")
@@ -429,26 +431,15 @@ def show_masks(bench: Bench, runs: list[Run], arms: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def work() -> None:
         config = parse(argv)
         if config.print_config:
             print(config_text(config), end="")
-            return 0
-        run_study(config, ["train.py", *argv])
-    except LetheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        mend = "halve --batch_size and double --gradient_accumulation (the result is the same), add --gradient_checkpointing, or lower "
-        print(f"error: out of memory ({str(error).splitlines()[0]}); {mend}--evaluation.batch_size if it was scoring", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be read
-        print(f"error: {error.filename or 'file system'}: {error.strerror or error}; what is done is kept", file=sys.stderr)
-        return 2
-    return 0
+        else:
+            run_study(config, ["train.py", *argv])
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

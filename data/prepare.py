@@ -18,7 +18,7 @@ from types import ModuleType
 from data.folder import task_modules, train_file
 from data.tasks import MissingRaw
 from metrics.text import collapse, normalise
-from study.errors import LetheError
+from study.errors import LetheError, run_command
 from study.folder import write_json
 
 _SHOWN = 3  # places shown for each reason
@@ -222,8 +222,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LetheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

@@ -20,7 +20,7 @@ from lora.adapter import load_adapter
 from lora.layers import merge_adapter
 from model.checkpoint import find_model, load_model, read_json, save_weights
 from model.tokenizer import load_tokenizer
-from study.errors import LetheError
+from study.errors import LetheError, run_command
 from study.folder import write_json
 
 PROBE = (
@@ -82,12 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="a new folder for the merged model")
     parser.add_argument("--dtype", default="auto", help="of the written weights: auto (the base's own), float32, bfloat16, float16")
     args = parser.parse_args(argv)
-    try:
-        print(json.dumps(merge(args.model, args.adapter, args.out, args.dtype), indent=2))
-    except LetheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: print(json.dumps(merge(args.model, args.adapter, args.out, args.dtype), indent=2)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,32 @@
-"""The one exception for mistakes that a user can mend."""
+"""Mistakes that a user can mend, and how commands tell them: one line, no traceback, a non-zero exit."""
+
+import sys
+from collections.abc import Callable
 
 
 class LetheError(Exception):
-    """A user's mistake, told in one line: what is wrong, where, and how to mend it.
+    """Says in one line what is wrong, where, and the mend. Commands print it and exit with 2."""
 
-    The commands (train.py, eval.py, python -m ...) print it without a traceback and exit with status 2.
-    """
+
+def run_command(work: Callable[[], None]) -> int:
+    """Runs a command's work; returns its exit status: 0, 2 after an error, 130 after Ctrl-C."""
+    try:
+        work()
+    except LetheError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept, and the same command goes on with the rest", file=sys.stderr)
+        return 130
+    except OSError as error:  # a full disk, a folder that may not be read
+        message = f"{error.filename or 'file system'}: {error.strerror or error}; what is done is kept"
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        message = (
+            f"out of memory ({str(error).splitlines()[0]}); halve --batch_size and double --gradient_accumulation (the "
+            "result is the same), add --gradient_checkpointing, or lower --evaluation.batch_size if it was scoring"
+        )
+    else:
+        return 0
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -34,7 +34,6 @@ def tiny(tmp_path_factory) -> str:
 def no_pictures(monkeypatch):
     """Drawing takes longer than everything else here, and one study with its pictures is enough."""
     monkeypatch.setattr(evaluation, "draw_all", lambda rows, folder: [])
-    monkeypatch.setattr(evaluation, "figures", lambda rows: {})
 
 
 def words(tiny, out, *more) -> list[str]:
