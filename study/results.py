@@ -28,7 +28,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One score in its own unit: mean over seeds, 95 % interval (NaN where unknown), items, seeds."""
+    """One score in its own unit: mean over seeds, 95 % interval (NaN where unknown), items (of each seed), seeds."""
 
     value: float
     low: float
@@ -50,7 +50,10 @@ def stage_of(row: dict) -> int:
 
 
 def collect(rows: Iterable[dict], metric: str) -> dict[tuple, Cell]:
-    """(stage, arm, first, second, task) -> Cell, over seeds; base and stage 1 under arm None."""
+    """(stage, arm, first, second, task) -> Cell, over seeds; base and stage 1 under arm None.
+
+    The interval over several seeds is the wider of two: Student's over the seeds, and the mean of theirs over test items.
+    """
     groups: dict[tuple, dict[Any, dict]] = {}
     for row in rows:
         if row.get("metric") != metric or row.get("value") is None:
@@ -67,13 +70,13 @@ def collect(rows: Iterable[dict], metric: str) -> dict[tuple, Cell]:
     cells = {}
     for key, by_seed in groups.items():
         found = list(by_seed.values())
-        if len(found) == 1:
-            row = found[0]
-            low, high = (math.nan if row.get(k) is None else row[k] for k in ("low", "high"))
-            cells[key] = Cell(row["value"], low, high, row.get("n") or 0, 1, key)
-        else:
-            mean, low, high = seed_interval([row["value"] for row in found])
-            cells[key] = Cell(mean, low, high, sum(row.get("n") or 0 for row in found), len(found), key)
+        low, high = (float(numpy.mean([math.nan if row.get(k) is None else row[k] for row in found])) for k in ("low", "high"))
+        mean, seed_low, seed_high = seed_interval([row["value"] for row in found])
+        if len(found) > 1:  # few seeds may agree by luck, and all share the test items: never narrower than the items allow
+            low, high = numpy.fmin(low, seed_low), numpy.fmax(high, seed_high)
+            if metric != "answer_nll":
+                low, high = max(low, 0.0), min(high, 1.0)
+        cells[key] = Cell(mean, low, high, max(row.get("n") or 0 for row in found), len(found), key)
     return cells
 
 

@@ -1,5 +1,6 @@
 """study/plots.py: every picture is drawn from made-up rows, and tables say what the rows say."""
 
+import pytest
 from matplotlib.image import imread
 
 from metrics.statistics import wilson_interval
@@ -68,6 +69,11 @@ def test_seeds_are_averaged_with_an_interval_over_seeds():
     assert abs(cell.value - 0.5) < 1e-9 and cell.seeds == 3 and abs(cell.half - 4.3027 * 0.1 / 3**0.5) < 1e-4
 
 
+def test_seeds_that_agree_keep_the_interval_of_the_items():
+    rows = [{"run": "base", "arm": "base", "first": None, "second": None, "task": "a", "metric": "exact_match", "stage": 0,
+             "value": 0.0, "low": 0.0, "high": 0.0188, "n": 200, "unparsed": 0, "seed": seed} for seed in (1, 2, 3)]  # fmt: skip
+    (cell,) = collect(rows, "exact_match").values()
+    assert (cell.low, cell.high, cell.n, cell.seeds) == (0.0, pytest.approx(0.0188), 200, 3)
 def test_table(tmp_path):
     rows = made_up(["a", "b", "c"], ["none", "highest"])
     text = summary_table(rows, {"mask/highest/a_to_b": 0.25})
