@@ -322,16 +322,16 @@ def run_study(config: Config, argv: list[str]) -> None:
     subject = evaluation.load_subject(config.model.name, config.device, config.dtype, config.template)
     print(subject.about)
     # What "auto" turned out to be is part of the study: another machine must not mix its own choice in.
-    config = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)
+    resolved = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)
     seeds, worked = parse_seeds(config), 0
     if (root / "study.json").is_file() if config.seeds else seed_folders(root) != [root]:
         raise LetheError(f"{root} holds a study of {'one seed' if config.seeds else 'several seeds'}; choose another folder with --out")
     for seed in seeds:
         tree = root if config.seeds is None else root / f"seed{seed}"
-        identity = identity_of(config, subject.model.fingerprint, {name: task.fingerprint for name, task in tasks.items()}, seed)
+        identity = identity_of(resolved, subject.model.fingerprint, {name: task.fingerprint for name, task in tasks.items()}, seed)
         specs = {name: {"name": task.spec, "data_root": str(Path(config.data_root).resolve())} for name, task in tasks.items()}
         more = {"tasks": specs, "model": config.model.name, "template": subject.tokenizer.template}
-        study = open_study(tree, config, identity, more, argv)
+        study = open_study(tree, resolved, identity, more, argv)
         bench = Bench(config, subject, tasks, study, seed)
         if config.inspect:
             show_masks(bench, runs, arms)

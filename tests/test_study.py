@@ -145,6 +145,12 @@ def test_one_tensorboard_run_per_training_run(finished):
 # Continuing
 
 
+def test_the_header_names_the_configuration_that_was_read(tiny, tmp_path, no_pictures, capsys):
+    (tmp_path / "mine.yaml").write_text("training:\n  stage1: {max_steps: 1}\n")
+    assert train.main(words(tiny, tmp_path / "out", "--stage", 1, "--config", tmp_path / "mine.yaml")) == 0
+    assert "mine.yaml; LoRA r 16" in capsys.readouterr().out
+
+
 def test_the_same_command_again_has_nothing_to_do(study, tiny, capsys, no_pictures):
     before = times(study, "adapter_model.safetensors") | times(study, "*.jsonl") | times(study, "run.json")
     assert train.main(words(tiny, study)) == 0
