@@ -1,5 +1,6 @@
 """Mistakes that a user can mend, and how commands tell them: one line, no traceback, a non-zero exit."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ def run_command(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; what is done is kept, and the same command goes on with the rest", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # a full disk, a folder that may not be read
         message = f"{error.filename or 'file system'}: {error.strerror or error}; what is done is kept"
     except RuntimeError as error:

@@ -94,6 +94,12 @@ def scale_of(metric: str) -> float:
     return 1.0 if metric == "answer_nll" else 100.0
 
 
+def filled_table(rows: list[list[str]], headers: list[str]) -> str:
+    """The table without the columns that are "-" in every row."""
+    used = [i for i in range(len(headers)) if any(row[i] != "-" for row in rows)]
+    return format_table([[row[i] for i in used] for row in rows], [headers[i] for i in used])
+
+
 def summary_table(
     rows: list[dict], dropped: dict[str, float] | None = None, metric: str = "exact_match", per_pair: bool = True
 ) -> str:
@@ -125,27 +131,35 @@ def summary_table(
         known = [numpy.mean(shares[key]) for key in keys if key in shares]
         return f"{100 * numpy.mean(known):.1f}" if known else "-"
 
-    parts = []
-    single = [[t, tell([cells.get((0, None, None, None, t))]), tell([cells.get((1, None, t, None, t))])] for t in tasks]
-    if any(row[1:] != ["-", "-"] for row in single):
-        parts.append(f"{name}, 95 % intervals\n" + format_table(single, ["task", "base", "after stage 1"]))
+    # Beside exact match: the lenient column, since a model may know an answer and not its form, and unseen templates.
+    lenient, unseen = (collect(rows, name) if metric == "exact_match" else {} for name in ("flexible_match", "exact_match_held_out"))
+    parts, single = [], []
+    for t in tasks:
+        base, alone = (0, None, None, None, t), (1, None, t, None, t)
+        found = [cells.get(base), cells.get(alone), unseen.get(alone), lenient.get(base), lenient.get(alone)]
+        single.append([t, *(tell([cell]) for cell in found)])
+    if any(row[1:3] != ["-", "-"] for row in single):
+        headers = ["task", "base", "after stage 1", "unseen templates", "base, flexible", "stage 1, flexible"]
+        parts.append(f"{name}, 95 % intervals\n" + filled_table(single, headers))
     pairs = {arm: [key[2:4] for key in cells if key[:2] == (2, arm) and key[4] == key[2]] for arm in arms}
     if any(pairs.values()):
         table = []
         for arm in arms:
             mine = pairs[arm]
-            table.append(
-                [
-                    arm_label(arm),
-                    tell([cells.get((1, None, a, None, a)) for a, _ in mine]),
-                    tell([cells.get((2, arm, a, b, a)) for a, b in mine]),
-                    tell([cells.get((2, arm, a, b, b)) for a, b in mine]),
-                    share_of([(arm, a, b) for a, b in mine]),
-                    str(len(mine)),
-                ]
-            )
-        headers = ["arm", "first after stage 1", "first kept", "second learned", "dropped %", "pairs"]
-        parts.append(f"After both stages, mean over pairs ({name})\n" + format_table(table, headers))
+            row = [
+                arm_label(arm),
+                tell([cells.get((1, None, a, None, a)) for a, _ in mine]),
+                tell([cells.get((2, arm, a, b, a)) for a, b in mine]),
+                tell([cells.get((2, arm, a, b, b)) for a, b in mine]),
+                tell([lenient.get((2, arm, a, b, a)) for a, b in mine]),
+                tell([lenient.get((2, arm, a, b, b)) for a, b in mine]),
+                share_of([(arm, a, b) for a, b in mine]),
+                str(len(mine)),
+            ]
+            table.append(row)
+        headers = ["arm", "first after stage 1", "first kept", "second learned", "kept, flexible", "learned, flexible"]
+        table = filled_table(table, [*headers, "dropped %", "pairs"])
+        parts.append(f"After both stages, mean over pairs ({name})\n" + table)
         if per_pair:
             table = []
             for a, b in dict.fromkeys(pair for arm in arms for pair in pairs[arm]):
@@ -162,5 +176,5 @@ def summary_table(
                             ]
                         )
             headers = ["pair", "arm", "first after stage 1", "first kept", "second learned", "dropped %"]
-            parts.append(f"Every pair ({name})\n" + format_table(table, headers))
+            parts.append(f"Every pair ({name})\n" + filled_table(table, headers))
     return "\n\n".join(parts) if parts else "nothing has been scored yet"
