@@ -80,3 +80,14 @@ def test_table(tmp_path):
     line = next(line for line in text.splitlines() if line.startswith("mask_highest"))
     assert line.split() == ["mask_highest", "90.0", "±2.9", "40.0", "±2.8", "90.0", "±2.0", "25.0", "6"]
     assert "base" in text and text.count("a > b") == 2 and "a > b" not in summary_table(rows, per_pair=False)
+
+
+def test_the_lenient_column_and_unseen_templates_stand_beside_exact_match():
+    rows = made_up(["a", "b"], ["none"])
+    plain = summary_table(rows)
+    assert "flexible" not in plain and "unseen" not in plain
+    more = [row | {"metric": name, "value": 0.75} for row in rows if row["metric"] == "exact_match"
+            for name in ("flexible_match", "exact_match_held_out")]  # fmt: skip
+    single, means, _ = summary_table(rows + more).split("\n\n")
+    assert "unseen templates  base, flexible  stage 1, flexible" in single and single.count("75.0") == 6
+    assert "kept, flexible  learned, flexible" in means and means.count("75.0") == 2
