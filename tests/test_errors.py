@@ -43,7 +43,7 @@ def test_a_defect_is_not_hidden():
 
 
 def test_a_reader_that_stops_reading_is_no_error():
-    code = "from study.errors import run_command\ndef work():\n  for _ in range(9999): print('x' * 999)\nraise SystemExit(run_command(work))"
+    code = "from study.errors import run_command\nraise SystemExit(run_command(lambda: [print('x' * 999) for _ in range(9999)]))"
     repository = Path(__file__).parents[1]
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=repository)
     process.stdout.readline()

@@ -142,13 +142,13 @@ A Llama of {parameters / 1e6:.2f} million parameters ({CONFIG['num_hidden_layers
 hidden {CONFIG['hidden_size']}, {CONFIG['num_attention_heads']} heads, vocabulary {VOCABULARY}, tied), made for studies
 of forgetting on a laptop.
 
-It was trained from nothing on {tokens:,} tokens of generated text: arithmetic within 60, word problems, facts about
+It was trained from nothing on {tokens:,} tokens of generated text: small sums, word problems, facts about
 invented people, beasts and plants, and `Input:`/`Output:` pairs in many answer styles. It knows nothing of the real
-world. The text holds no question of the built-in tasks and none of their answer formats, so before training it scores
-near zero on them; a LoRA adapter learns each in seconds.
+world. The text holds no question of the built-in tasks and none of their answer formats, so untrained it scores zero on them by
+exact match, even where it knows the answer (flexible_match tells); a LoRA adapter learns each in seconds.
 
 Rebuild: `python -m assets.nano.build --out DIR --tokens {tokens} --seed {seed}` ({minutes:.0f} minutes on
-{torch.get_num_threads()} CPU threads, torch {torch.__version__}; last loss {loss:.3f}). Prompt template: `plain`.
+{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}, torch {torch.__version__}; last loss {loss:.3f}). Prompt template: `plain`.
 """, encoding="utf-8")
 
 
