@@ -86,6 +86,9 @@ def choose_tasks(datasets: str | None, data_root: str, builtin_model: bool, stri
     if not names:
         raise LetheError("--datasets names no task")
     tasks = [find_task(name, data_root, strict) for name in names]
+    for name in {task.name for task in tasks}:
+        if len({task.spec for task in tasks if task.name == name}) > 1:
+            raise LetheError(f"--datasets names two different files {name!r}; give each a name of its own")
     return {task.name: task for task in tasks}
 
 
@@ -179,6 +182,9 @@ def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, T
     cells = [(run, name) for run, name in cells_to_score(runs, list(tasks)) if only is None or name in only]
     missing = [(run, name) for run, name in cells if not cell_file(tree, run, name).is_file()]
     by_run = {run: [name for other, name in missing if other == run] for run, _ in missing}
+    wide = max((len(run.folder) if run else 4 for run in by_run), default=0)
+    if by_run:
+        print("exact match after each run, on the tasks it concerns")
     for number, (run, names) in enumerate(by_run.items(), 1):
         began, told = time.perf_counter(), []
         if run is None:
@@ -193,7 +199,7 @@ def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, T
             write_jsonl(cell_file(tree, run, name), items)
             told.append(f"{name} {np.mean([item['exact_match'] for item in items]):6.1%}")
         where = run.folder if run else "base"
-        print(f"{number:3d}/{len(by_run)} score    {where:45s}  {'  '.join(told)}  {time.perf_counter() - began:6.1f} s", flush=True)
+        print(f"{number:3d}/{len(by_run)} {where:{wide}s}  {'  '.join(told)}  {time.perf_counter() - began:6.1f} s", flush=True)
     remove_lora(subject.model)
     return len(missing)
 

@@ -30,6 +30,7 @@ from lora.layers import add_lora, dropout_keys, dropout_rows, lora_parameters, r
 from masking.inspect import as_page, in_terminal, masked_example, masked_markdown
 from masking.score import dataset_weights, example_weights, score_examples
 from masking.weights import policies
+from model.checkpoint import find_model
 from model.llama import Llama
 from optim.masters import collect_gradients, make_masters, write_back
 from optim.schedule import lr_factor
@@ -236,7 +237,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     )  # fmt: skip
 
     began, tokens, outcomes, kept, recent = time.perf_counter(), 0, {}, [], []
-    with RunLog(bench.study.path, run.folder) as log, progress(total, label, "steps") as bar:
+    with RunLog(bench.study.path, run.folder) as log, progress(total, " ".join(label.split()), " steps") as bar:
         log.text("config", "```\n" + config_text(config) + "```")
         log_masked_examples(bench, log, examples, nll, weights)
         for step in steps:
@@ -251,11 +252,11 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
                           "train/grad_norm": step.grad_norm,
                           "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()}  # fmt: skip
                 log.scalars(values, number, tokens=tokens)
+                last_loss = values["train/loss"]  # the mean since the line before, in TensorBoard and here
                 recent.clear()
             if settings.eval_steps and number % settings.eval_steps == 0:
                 log.scalars(held_out_scores(bench, run), number)
         seconds = time.perf_counter() - began
-        last_loss = float(np.mean([step.loss])) if not recent else float(np.mean(recent))
         log.hparams({"stage": run.stage, "arm": run.arm, "first": run.first, "second": run.second, "seed": bench.seed,
                      "learning_rate": settings.learning_rate, "epochs": settings.epochs, "examples_per_step": per_step,
                      "lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha},
@@ -276,8 +277,8 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
         "learning_rate": settings.learning_rate, "final_loss": last_loss, "memory_gib": memory_gib(),
     })  # fmt: skip
     note = "".join(f", {count} {outcome}" for outcome, count in outcomes.items() if outcome != "stepped")
-    print(f"{label}  {total:4d} steps{note}  loss {last_loss:6.3f}  dropped {mask_stats['dropped_share']:5.1%}  "
-          f"{tokens / seconds / 1000:5.1f} k tok/s  {seconds:6.1f} s", flush=True)  # fmt: skip
+    print(f"{label}  {total:3d} steps{note}  loss {last_loss:6.3f}  dropped {mask_stats['dropped_share']:5.1%}  "
+          f"{tokens / seconds / 1000:4.1f}k tok/s {seconds:5.1f} s", flush=True)  # fmt: skip
 
 
 def held_out_scores(bench: Bench, run: Run) -> dict[str, float]:
@@ -311,6 +312,7 @@ def run_study(config: Config, argv: list[str]) -> None:
     began = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LetheError("one process at a time: use --nproc-per-node 1")
+    find_model(config.model.name)  # before the data: a wrong name is told as such
     tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
     known = policies()
     arms = parse_arms(config.mask, known)
@@ -339,10 +341,9 @@ def run_study(config: Config, argv: list[str]) -> None:
         todo = [run for run in runs if not is_done(study.dir(run.folder))]
         print(f"\nstudy      {tree}   seed {seed}")
         print(plan_lines(bench, runs, len(runs) - len(todo)))
-        for number, run in enumerate(todo, 1):
-            name = run.first if run.stage == 1 else f"{run.first} > {run.second}"
-            arm = arm_label(run.arm) if run.stage == 2 else ""
-            train_run(bench, run, f"{number:3d}/{len(todo)} stage {run.stage}  {name:32s} {arm:15s}")
+        names = [run.first if run.stage == 1 else f"{run.first} > {run.second}  {arm_label(run.arm)}" for run in todo]
+        for number, (run, name) in enumerate(zip(todo, names, strict=True), 1):
+            train_run(bench, run, f"{number:3d}/{len(todo)} {name:{max(map(len, names))}s}")
         only = {name.strip() for name in config.evaluation.tasks.split(",")} if config.evaluation.tasks else None
         scored = evaluation.score_study(tree, config, subject, tasks, only)
         worked += len(todo) + scored
@@ -391,17 +392,18 @@ def plan_lines(bench: Bench, runs: list[Run], done: int) -> str:
         table.append(row)
     headers = ["task", "train", "test", "median tokens", "answer tokens", "cut prompts", "too long", "bad rows"]
     lines.append(format_table(table, headers + [f"stage {stage} steps" for stage in stages]))
-    lines += [f"dropped    {line}" for line in bad[:20]]
-    lines.append(f"plan       {len(runs)} runs, {done} of them done before")
+    lines += [f"bad row    {line}" for line in list(dict.fromkeys(bad))[:20]]
+    lines.append(f"plan       {len(runs)} run{'s' * (len(runs) > 1)}, {done} of them done before")
     return "\n".join(lines)
 
 
 def show_masks(bench: Bench, runs: list[Run], arms: list[str]) -> None:
     """--inspect N: kept and dropped tokens of the first N examples of each pair and arm, here and as an HTML page."""
     config = bench.config
-    for run in runs:
-        if run.stage != 2 or run.arm == "none":
-            continue
+    shown_runs = [run for run in runs if run.stage == 2 and run.arm != "none"]
+    if not shown_runs:
+        raise LetheError("--inspect shows what a mask drops in stage 2; name one with --mask bottom10, and leave out --stage 1")
+    for run in shown_runs:
         if config.masking.reference == "start" and not is_done(bench.study.dir(run.parent)):
             # Nothing is trained here, so without the stage-1 adapter the base stands in, and the page says so.
             print(f"{run.parent} is not trained yet: the base's perplexities are shown instead of the start model's")

@@ -82,7 +82,9 @@ def find_task(name: str, data_root: str | Path = "data", strict: bool = False) -
             f"task {name} is not prepared: {train} is missing; "
             f"run python -m data.prepare {name} --out {root} [--source PATH]"
         )
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    if Path(name).is_file():
+        hint = f"; a file needs a name: --datasets mine={name}."
     raise LetheError(f"unknown task {name!r}{hint} Known: {', '.join(known)} (scanned {root}/*/*_remaining_train.json)")
 
 

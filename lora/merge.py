@@ -82,7 +82,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="a new folder for the merged model")
     parser.add_argument("--dtype", default="auto", help="of the written weights: auto (the base's own), float32, bfloat16, float16")
     args = parser.parse_args(argv)
-    return run_command(lambda: print(json.dumps(merge(args.model, args.adapter, args.out, args.dtype), indent=2)))
+
+    def work() -> None:
+        report = merge(args.model, args.adapter, args.out, args.dtype)
+        print(json.dumps(report, indent=2))
+        same = round(report["argmax_agreement"] * report["tokens"])
+        print(f"wrote {args.out}: the likeliest token is that of base + adapter at {same} of {report['tokens']} positions", file=sys.stderr)
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

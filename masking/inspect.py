@@ -56,13 +56,8 @@ def in_terminal(prompt: str, tokens: list[MaskedToken], colour: bool) -> str:
 
 
 def masked_markdown(prompt: str, tokens: list[MaskedToken]) -> str:
-    """For TensorBoard: dropped tokens struck through."""
-
-    def show(token: MaskedToken) -> str:
-        text = html.escape(token.text).replace("\n", " ⏎ ")
-        return f"<del>{text}</del>" if token.weight == 0 else text
-
-    return f"{html.escape(prompt)}<br>**{''.join(map(show, tokens))}**<br>{dropped_line(tokens)}".replace("\n", "<br>")
+    """For TensorBoard, which shows no struck-through text: a block of plain text, dropped tokens in [- -]."""
+    return "```\n" + in_terminal(prompt, tokens, colour=False).replace("```", "` ` `") + "\n```"
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>

@@ -92,7 +92,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise LetheError(f"{folder} is in Meta's own layout (consolidated.*.pth); fetch the Hugging Face version (safetensors)")
     if any(folder.glob("pytorch_model*.bin")):
         raise LetheError(f"{folder} holds pickled weights (pytorch_model.bin), which are never opened; convert them to safetensors")
-    raise LetheError(f"{folder} holds no model.safetensors")
+    raise LetheError(f"{folder} holds no model.safetensors; fetch the model again, or give --model another folder")
 
 
 def open_safetensors(file: Path):

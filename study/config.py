@@ -204,11 +204,15 @@ def parse_eval(argv: list[str]) -> EvalConfig:
         raise SystemExit(0)
     given, files = read_flags(list(argv), EvalConfig)
     config = build(EvalConfig, [read_yaml(path, EvalConfig) for path in files] + [given])
-    object.__setattr__(config, "sources", tuple(files))
     if config.adapter and not config.model:
         raise LetheError("--adapter needs --model: the model that the adapter was trained on")
+    if config.out and not config.model:
+        if config.root:
+            raise LetheError("--root and --out both name a study; give one of them (with --model, --out takes the results)")
+        config = dataclasses.replace(config, root=config.out, out=None)
     if config.root and config.model:
         raise LetheError("--root scores a study and --model a single model; give one of them")
+    object.__setattr__(config, "sources", tuple(files))
     return config
 
 

@@ -189,6 +189,9 @@ def identity_of(config: Any, model: str, data: dict[str, str], seed: int | None 
         if name in NOT_IDENTITY or name.startswith("training.") and name.split(".")[-1] in NOT_IDENTITY_STAGE:
             continue
         found[name] = value
+    for stage in (name.removesuffix(".batch_size") for name in [*found] if name.startswith("training.") and name.endswith(".batch_size")):
+        # How a step is split into micro-batches changes its memory, not its result.
+        found[f"{stage}.examples_per_step"] = found.pop(f"{stage}.batch_size") * found.pop(f"{stage}.gradient_accumulation")
     if seed is not None:
         found["seed"] = seed
     return _plain({"model": model, "data": dict(data), "settings": found})
@@ -269,7 +272,8 @@ def open_study(
             record[key] = {**record[key], **value} if both else value
         again = {key: now[key] for key in ("command", "commit", "started")}
         record["continued"] = [*record.get("continued", []), again][-20:]
-    write_text(path / "config.yaml", config_text(config))
+    if not (path / "config.yaml").is_file():  # what later commands selected stands in study.json
+        write_text(path / "config.yaml", config_text(config))
     write_json(path / "study.json", record)
     return StudyFolder(path, record)
 

@@ -218,7 +218,8 @@ def scatter_figure(rows: list[dict], metric: str = "exact_match") -> Figure:
     figure = Figure(figsize=(8.2, 5.4))
     axes = figure.add_subplot()
     firsts, everything = [], []
-    for colour, arm in zip(_cycle(COLOURS), arms, strict=False):
+    for order, (colour, arm) in enumerate(zip(_cycle(COLOURS), arms, strict=False)):
+        shrink = 1 - 0.45 * order / max(1, len(arms) - 1)  # later arms are drawn smaller: where points coincide, as rings
         points = []
         for i, a in enumerate(tasks):
             for b in tasks:
@@ -234,8 +235,8 @@ def scatter_figure(rows: list[dict], metric: str = "exact_match") -> Figure:
                     *point,
                     marker=MARKS[i % len(MARKS)],
                     color=colour,
-                    alpha=0.55,
-                    markersize=6.5,
+                    alpha=0.75,
+                    markersize=8.5 * shrink,
                     linestyle="",
                     markeredgecolor="white",
                     markeredgewidth=0.6,
@@ -246,7 +247,7 @@ def scatter_figure(rows: list[dict], metric: str = "exact_match") -> Figure:
             axes.plot(
                 *numpy.mean(points, axis=0),
                 marker="o",
-                markersize=15,
+                markersize=19 * shrink,
                 markerfacecolor=colour,
                 alpha=0.95,
                 markeredgecolor="black",

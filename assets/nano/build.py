@@ -135,7 +135,7 @@ def write_folder(out: Path, model: Llama, tokenizer: Tokenizer) -> None:
 
 
 def write_card(out: Path, model: Llama, tokens: int, seed: int, loss: float, minutes: float) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, threads = sum(p.numel() for p in model.parameters()), torch.get_num_threads()
     (out / "README.md").write_text(f"""# nano
 
 A Llama of {parameters / 1e6:.2f} million parameters ({CONFIG['num_hidden_layers']} layers,
@@ -148,7 +148,7 @@ world. The text holds no question of the built-in tasks and none of their answer
 exact match, even where it knows the answer (flexible_match tells); a LoRA adapter learns each in seconds.
 
 Rebuild: `python -m assets.nano.build --out DIR --tokens {tokens} --seed {seed}` ({minutes:.0f} minutes on
-{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}, torch {torch.__version__}; last loss {loss:.3f}). Prompt template: `plain`.
+{threads} CPU thread{'s' * (threads > 1)}, torch {torch.__version__}; last loss {loss:.3f}). Prompt template: `plain`.
 """, encoding="utf-8")
 
 
