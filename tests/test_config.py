@@ -187,3 +187,11 @@ def test_eval_flags_and_help(capsys):
     with pytest.raises(SystemExit):
         parse_eval(["--help"])
     assert "--replot" in capsys.readouterr().out
+
+
+def test_eval_takes_out_as_the_study_unless_a_model_is_scored():
+    assert (parse_eval(["--out", "out/x"]).root, parse_eval(["--out", "out/x"]).out) == ("out/x", None)
+    scored = parse_eval(["--model", "nano", "--out", "scores"])
+    assert (scored.root, scored.out) == (None, "scores")
+    with pytest.raises(LetheError, match="both name a study"):
+        parse_eval(["--out", "out/x", "--root", "out/y"])

@@ -180,3 +180,13 @@ def test_circumstances_are_plain_json():
     assert (
         found["command"] == "python train.py --out 'a b'" and found["versions"]["torch"] and found["hardware"]["cores"]
     )
+
+
+def test_how_a_step_is_split_is_no_part_of_a_study():
+    def identity(*flags):
+        return identity_of(parse(["--model", "m", *flags]), "f", {"a": "1"})
+
+    whole = identity("--batch_size", "64", "--gradient_accumulation", "1")
+    assert differences(whole, identity("--batch_size", "8", "--gradient_accumulation", "8")) == []
+    halved = identity("--batch_size", "8", "--gradient_accumulation", "4")
+    assert differences(whole, halved) == ["examples_per_step: 64 in the folder, 32 asked"]

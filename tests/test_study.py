@@ -534,3 +534,16 @@ def test_out_of_memory(tiny, tmp_path, capsys, monkeypatch):
 def test_several_processes_are_refused(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--nproc-per-node 1" in one_line(words(tiny, tmp_path / "out"), capsys)
+
+
+def test_two_files_of_one_name_are_refused(tiny, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name} {i}", "answer": "{i}"}}\n' for i in range(4)))
+    both = f"mine={tmp_path}/a.jsonl,mine={tmp_path}/b.jsonl"
+    assert train.main(["--model", tiny, "--datasets", both, "--out", str(tmp_path / "out")]) == 2
+    assert "two different files 'mine'" in capsys.readouterr().err
+
+
+def test_nothing_to_inspect_is_said(tiny, tmp_path, capsys):
+    assert train.main(words(tiny, tmp_path / "out", "--mask", "none", "--inspect", 1)) == 2
+    assert "name one with --mask" in capsys.readouterr().err
