@@ -36,7 +36,8 @@ from optim.masters import collect_gradients, make_masters, write_back
 from optim.schedule import lr_factor
 from study.config import Config, config_text, parse, parse_seeds, stage_config
 from study.errors import LetheError, run_command
-from study.folder import StudyFolder, expand_out, identity_of, is_done, open_study, seed_folders, write_json, write_text
+from study.folder import StudyFolder, expand_out, is_done, open_study, seed_folders, write_json, write_text
+from study.identity import identity_of
 from study.logging import RunLog, format_table, memory_gib, progress
 from study.plan import Run, arm_label, nearest, parse_arms, plan_runs
 

@@ -12,10 +12,7 @@ from study.config import parse
 from study.errors import LetheError
 from study.folder import (
     append_jsonl,
-    circumstances,
-    differences,
     expand_out,
-    identity_of,
     is_done,
     newest_study,
     open_study,
@@ -26,6 +23,7 @@ from study.folder import (
     write_json,
     write_text,
 )
+from study.identity import circumstances, differences, identity_of
 
 
 def test_writes_are_whole_or_absent(tmp_path):
