@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.batching import Examples, collate, cut_middle
+from data.batching import Examples, collate, cut_middle, micro_tokens_of
 from data.builtin import BUILTIN_TASKS
 from data.folder import Task, find_task, scan
-from kernels import linear_nll
 from lora.adapter import load_adapter
 from lora.layers import lora_layers, merged, remove_lora
+from masking.score import micro_nll
 from metrics.answers import score_answer
 from metrics.statistics import mean_interval, wilson_interval
+from model.attention import kernels_in_use
 from model.checkpoint import load_model
 from model.generate import generate
 from model.llama import Llama
@@ -48,7 +49,7 @@ class Subject:
     name: str
     model: Llama
     tokenizer: Tokenizer
-    about: str  # one line on shape, device and dtype
+    about: str  # two lines: shape, device and dtype; which kernels run
 
 
 def load_subject(name: str, device: str = "auto", dtype: str = "auto", template: str = "auto") -> Subject:
@@ -72,6 +73,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto", template:
         raise LetheError(f"{name}: {sizes}; they do not belong together")
     size = sum(p.numel() for p in model.parameters())
     about = f"{name}: {size / 1e6:.2f} M parameters, {device}, {dtype} ({why}), template {tokenizer.template}"
+    about += f"\nkernels    {kernels_in_use(model)}"
     return Subject(name, model, tokenizer, about)
 
 
@@ -130,16 +132,12 @@ def answer_losses(model: Llama, pairs: list[tuple[list[int], list[int]]], batch_
     """Mean nll of each answer given its prompt, both as ids."""
     examples = Examples.from_pairs(pairs)
     losses = [0.0] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: (-examples.lengths[i], i))
-    for at in range(0, len(order), batch_size):
-        chosen = order[at : at + batch_size]
-        (micro,) = collate(examples, chosen, batch_size, None)
-        micro = micro.to(model.device)
-        nll = linear_nll(model.hidden(micro.input_ids, rows=micro.rows), model.head_weight, micro.targets)
-        for i, part in zip(chosen, nll.double().split(micro.sizes), strict=True):
+    for micro in collate(examples, list(range(len(pairs))), micro_tokens_of(None, model.device), None):
+        nll = micro_nll(model, micro.to(model.device))
+        for i, part in zip(micro.indices, nll.double().split(micro.sizes), strict=True):
             losses[i] = part.mean().item()
         if on_done:
-            on_done(len(chosen))
+            on_done(len(micro.indices))
     return losses
 
 

@@ -9,6 +9,7 @@ Read from `fit` (one optimizer step after another) to `train_run` (one adapter) 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -22,23 +23,23 @@ import torch
 from torch import Tensor, nn
 
 import eval as evaluation
-from data.batching import Examples, Micro, collate, step_indices, steps_of, tokenize
+from data.batching import Examples, Micro, collate, micro_tokens_of, step_indices, steps_of, tokenize
 from data.records import Report
-from kernels import linear_nll
 from lora.adapter import adapter_fingerprint, load_adapter, save_adapter
-from lora.layers import add_lora, dropout_keys, dropout_rows, lora_parameters, remove_lora
+from lora.layers import add_lora, dropout_keys, lora_parameters, remove_lora
 from masking.inspect import as_page, in_terminal, masked_example, masked_markdown
-from masking.score import dataset_weights, example_weights, score_examples
+from masking.score import dataset_weights, example_weights, micro_nll, score_examples
 from masking.weights import policies
+from model.attention import Pack
 from model.checkpoint import find_model
 from model.llama import Llama
 from optim.masters import collect_gradients, make_masters, write_back
 from optim.schedule import lr_factor
 from study.config import Config, config_text, parse, parse_seeds, stage_config
-from study.errors import LetheError, run_command
+from study.errors import LetheError, is_out_of_memory, run_command
 from study.folder import StudyFolder, expand_out, is_done, open_study, seed_folders, write_json, write_text
 from study.identity import identity_of
-from study.logging import RunLog, format_table, memory_gib, progress
+from study.logging import RunLog, format_table, memory_gib, progress, say
 from study.plan import Run, arm_label, nearest, parse_arms, plan_runs
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,24 +48,41 @@ from study.plan import Run, arm_label, nearest, parse_arms, plan_runs
 
 @dataclass
 class Step:
-    """What one optimizer step did. loss is the weighted mean nll of the kept completion tokens, in nats."""
+    """What one optimizer step did. Its readings stay on the device until they are asked for, so that no step waits."""
 
     number: int
-    loss: float
     kept: float  # share of the completion tokens with a weight above 0
-    tokens: int  # tokens of the batch, prompts included, padding not
+    tokens: int  # tokens of the batch, prompts included
     learning_rate: float
-    grad_norm: float
     outcome: str  # "stepped"; "skipped": nothing was kept; "overflowed": float16 gradients were not finite
+    micro_tokens: int  # the budget of one forward pass, smaller than asked once memory ran out
+    examples: list[int]
+    readings: Tensor  # (2,) loss and gradient norm
+
+    @property
+    def loss(self) -> float:
+        """The weighted mean nll of the kept completion tokens, in nats. Raises LetheError where it is not finite."""
+        loss = float(self.readings[0])
+        if not math.isfinite(loss):
+            raise LetheError(
+                f"the loss is {loss} at step {self.number} (examples {self.examples[:8]} …); "
+                "lower --learning_rate, or with --dtype float16 use bfloat16 or float32"
+            )
+        return loss
+
+    @property
+    def grad_norm(self) -> float:
+        return float(self.readings[1])
 
 
 def fit(
     model: Llama,
     parameters: list[nn.Parameter],
     make_optimizers: Callable[[list[nn.Parameter]], list[torch.optim.Optimizer]],
-    batches: Callable[[int], list[Micro]],
+    batches: Callable[[int, int], list[Micro]],
     total_steps: int,
     *,
+    micro_tokens: int,
     schedule: str = "cosine",
     warmup: int = 0,
     floor: float = 0.0,
@@ -76,9 +94,10 @@ def fit(
     """Trains `parameters`, yielding after each optimizer step.
 
     The loss of a step is sum(w * nll) / sum(w) over all its micro-batches (normalize "all": / completion tokens), so it
-    does not matter how the step is split. batches(step) gives the micro-batches; where one has no weights of its own,
-    online_weights(nll, micro) decides them from this pass's losses. Optimizers step on float32 masters.
-    Raises LetheError when a loss is not finite, naming the step and its examples.
+    does not matter how the step is split. batches(step, micro_tokens) gives the micro-batches, of at most micro_tokens
+    tokens each; where one has no weights of its own, online_weights(nll, micro) decides them from this pass's losses.
+    Optimizers step on float32 masters. A step that runs out of memory is taken again in smaller micro-batches, and so are
+    those after it; this is said once.
     """
     masters = make_masters(parameters)
     optimizers = make_optimizers(masters)
@@ -93,33 +112,24 @@ def fit(
                 group["lr"] = rate * factor
 
         # Forward and backward. Gradients gather sum(w * nll) / count; the true denominator is known at the end.
-        micros = batches(number)
-        count = sum(len(micro.targets) for micro in micros)
-        loss_sum = weight_sum = kept = torch.zeros((), dtype=torch.float64, device=model.device)
-        for micro in micros:
-            micro = micro.to(model.device)
-            keys = dropout_keys(seed, number, micro.examples, micro.input_ids.shape[1])
-            with dropout_rows(model, keys):
-                states = model.hidden(micro.input_ids, rows=micro.rows)  # (n, H)
-                nll = linear_nll(states, model.head_weight, micro.targets)  # (n,)
-                weights = online_weights(nll.detach(), micro) if micro.weights is None else micro.weights
-                weighted = (nll * weights).sum()
-                scaler.scale(weighted / count).backward()
-            loss_sum = loss_sum + weighted.detach()
-            weight_sum = weight_sum + weights.sum(dtype=torch.float64)
-            kept = kept + (weights > 0).sum()
+        sums = None
+        while sums is None:
+            micros = batches(number, micro_tokens)
+            count = sum(len(micro.targets) for micro in micros)
+            try:
+                sums = forward_backward(model, micros, lambda loss: scaler.scale(loss / count).backward(), online_weights, (seed, number))  # noqa: B023
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or all(len(micro.lengths) == 1 for micro in micros):
+                    raise
+            if sums is None:  # beyond the except, so that nothing holds the failed pass
+                micro_tokens = smaller_passes(model, parameters, micros, number)
+        loss_sum, weight_sum, kept = sums
 
         # One global denominator, then clip and step.
-        denominator = float(weight_sum) if normalize == "kept" else float(count)
-        loss = float(loss_sum) / denominator if denominator else 0.0
-        if not np.isfinite(loss):
-            raise LetheError(
-                f"the loss is {loss} at step {number} (examples {[i for m in micros for i in m.examples.tolist()][:8]} …); "
-                "lower --learning_rate, or with --dtype float16 use bfloat16 or float32"
-            )
+        denominator = weight_sum if normalize == "kept" else count
         collect_gradients(parameters, masters)
-        outcome, grad_norm = "stepped", 0.0
-        if float(weight_sum) == 0:
+        outcome, grad_norm = "stepped", torch.zeros((), device=model.device)
+        if weight_sum == 0:
             outcome = "skipped"
         else:
             for optimizer in optimizers:
@@ -127,7 +137,7 @@ def fit(
             for master in masters:
                 if master.grad is not None:
                     master.grad.mul_(count / denominator)
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(masters, max_grad_norm or float("inf")))
+            grad_norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm or float("inf"))
             scale = scaler.get_scale()
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -136,8 +146,41 @@ def fit(
             write_back(parameters, masters)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        tokens = sum(micro.tokens for micro in micros)
-        yield Step(number, loss, float(kept) / count, tokens, peaks[0][0] * factor, grad_norm, outcome)
+        readings = torch.stack((loss_sum / (denominator or 1), grad_norm.double()))
+        tokens, examples = sum(micro.tokens for micro in micros), [i for micro in micros for i in micro.indices]
+        yield Step(number, kept / count, tokens, peaks[0][0] * factor, outcome, micro_tokens, examples, readings)
+
+
+def forward_backward(
+    model: Llama, micros: list[Micro], backward: Callable[[Tensor], None], online_weights: Callable | None, key: tuple[int, int]
+) -> tuple[Tensor, float, int]:
+    """One forward and backward pass a micro-batch -> (sum of w * nll, on the device), sum of w, how many w are above 0."""
+    loss_sum, weight_sum, kept = torch.zeros((), dtype=torch.float64, device=model.device), 0.0, 0
+    for micro in micros:
+        micro = micro.to(model.device)
+        sight = Pack(micro.lengths, model.config, model.device)
+        nll = micro_nll(model, micro, sight, dropout_keys(*key, micro.examples, sight.positions))  # (n,)
+        if micro.weights is None:
+            weights = online_weights(nll.detach(), micro)
+            weight_sum, kept = weight_sum + float(weights.sum(dtype=torch.float64)), kept + int((weights > 0).sum())
+        else:
+            weights = micro.weights
+            weight_sum, kept = weight_sum + micro.weight_sum, kept + micro.kept
+        weighted = (nll * weights).sum()
+        backward(weighted)
+        loss_sum += weighted.detach()
+    return loss_sum, weight_sum, kept
+
+
+def smaller_passes(model: Llama, parameters: list[nn.Parameter], micros: list[Micro], number: int) -> int:
+    """After a step ran out of memory: drops what it has computed, says so, and returns the next budget of a pass."""
+    for parameter in parameters:
+        parameter.grad = None
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    tried = max(len(micro.input_ids) for micro in micros)
+    say(f"out of memory at step {number} with {tried} tokens in a pass: going on with at most {tried // 2}; the gradient is the same")
+    return tried // 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,16 +255,16 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     parameters = lora_parameters(model)
     model.gradient_checkpointing = settings.gradient_checkpointing
 
-    # Steps. One is batch_size * gradient_accumulation examples; how they are split changes nothing but memory.
+    # Steps. One is batch_size * gradient_accumulation examples; how they are packed into passes changes nothing but memory.
     per_step = settings.batch_size * settings.gradient_accumulation
     total = steps_of(len(examples), per_step, settings.epochs, settings.max_steps)
 
-    def batches(step: int) -> list[Micro]:
-        return collate(examples, step_indices(len(examples), per_step, bench.seed, step), settings.batch_size, weights)
+    def batches(step: int, micro_tokens: int) -> list[Micro]:
+        return collate(examples, step_indices(len(examples), per_step, bench.seed, step), micro_tokens, weights)
 
     def online(losses: Tensor, micro: Micro) -> Tensor:
         parts = []
-        for index, part in zip(micro.examples.tolist(), losses.split(micro.sizes), strict=True):
+        for index, part in zip(micro.indices, losses.split(micro.sizes), strict=True):
             generator = torch.Generator().manual_seed(bench.seed * 1_000_003 + index)
             parts.append(example_weights(part.cpu().numpy(), run.arm, bench.mask_settings(), config.masking.mask_end, generator=generator))
         return torch.cat(parts).to(losses.device)
@@ -232,12 +275,12 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
         return [torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=decay)]
 
     steps = fit(
-        model, parameters, optimizers, batches, total,
+        model, parameters, optimizers, batches, total, micro_tokens=micro_tokens_of(config.micro_tokens, model.device),
         schedule=settings.scheduler, warmup=round(settings.warmup_ratio * total), max_grad_norm=settings.max_grad_norm,
         normalize="all" if run.arm == "soft" else config.masking.normalize, online_weights=online, seed=bench.seed,
     )  # fmt: skip
 
-    began, tokens, outcomes, kept, recent = time.perf_counter(), 0, {}, [], []
+    began, tokens, outcomes, kept, recent, last_loss = time.perf_counter(), 0, {}, [], [], math.nan
     with RunLog(bench.study.path, run.folder) as log, progress(total, " ".join(label.split()), " steps") as bar:
         log.text("config", "```\n" + config_text(config) + "```")
         log_masked_examples(bench, log, examples, nll, weights)
@@ -245,16 +288,16 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
             tokens += step.tokens
             outcomes[step.outcome] = outcomes.get(step.outcome, 0) + 1
             kept.append(step.kept)
-            recent.append(step.loss)
-            number, speed = step.number + 1, tokens / (time.perf_counter() - began)
-            bar.update(1, loss=step.loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
+            recent.append(step)
+            number = step.number + 1
             if number % settings.log_steps == 0 or number in (1, total):
-                values = {"train/loss": float(np.mean(recent)), "train/learning_rate": step.learning_rate,
-                          "train/grad_norm": step.grad_norm,
-                          "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()}  # fmt: skip
-                log.scalars(values, number, tokens=tokens)
-                last_loss = values["train/loss"]  # the mean since the line before, in TensorBoard and here
+                last_loss = float(np.mean([step.loss for step in recent]))  # the mean since the line before, there and in TensorBoard
+                speed = tokens / (time.perf_counter() - began)  # after the reading, which waits for the device
+                log.scalars({"train/loss": last_loss, "train/learning_rate": step.learning_rate, "train/grad_norm": step.grad_norm,
+                             "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()},
+                            number, tokens=tokens)  # fmt: skip
                 recent.clear()
+            bar.update(1, loss=last_loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
             if settings.eval_steps and number % settings.eval_steps == 0:
                 log.scalars(held_out_scores(bench, run), number)
         seconds = time.perf_counter() - began
@@ -271,7 +314,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     save_adapter(model, folder, bench.subject.name)
     write_json(folder / "run.json", {
         "status": "done", "run": run.__dict__, "steps": total, "outcomes": outcomes, "tokens": tokens, "seconds": round(seconds, 3),
-        "examples": len(examples), "data": examples.report,
+        "micro_tokens": step.micro_tokens, "examples": len(examples), "data": examples.report,
         "mask": mask_stats, "reference": config.masking.reference if run.arm != "none" else None,
         "template": bench.subject.tokenizer.template, "dtype": str(model.dtype).removeprefix("torch."), "seed": bench.seed,
         "base_fingerprint": model.fingerprint, "adapter_fingerprint": adapter_fingerprint(folder),

@@ -11,7 +11,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -67,19 +67,32 @@ class Examples:
 
 @dataclass(frozen=True)
 class Micro:
-    """One forward pass: B examples padded on the right, and the n positions of them that predict a completion token."""
+    """One forward pass: examples packed one behind the other, and the n positions that predict a completion token."""
 
-    input_ids: Tensor  # (B, T)
-    examples: Tensor  # (B,) index of each row's example, for its dropout masks
-    rows: Tensor  # (n,) into the flattened B * T: the position before each completion token
+    input_ids: Tensor  # (T,)
+    lengths: list[int]  # of the packed examples, summing to T
+    examples: Tensor  # (T,) index of each token's example, for its dropout mask
+    rows: Tensor  # (n,) into T: the position before each completion token
     targets: Tensor  # (n,)
-    sizes: list[int]  # completion tokens of each row, summing to n
-    tokens: int  # of all rows, prompts included and padding not
+    sizes: list[int]  # completion tokens of each example, summing to n
+    indices: list[int]  # which examples these are
     weights: Tensor | None  # (n,) loss weights; None: decided from this pass's own losses
+    weight_sum: float | None = None  # of weights, and how many are above 0: known here, so that no step asks the device
+    kept: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples, prompts and the last token (which predicts nothing and is not run) included."""
+        return len(self.input_ids) + len(self.lengths)
 
     def to(self, device: torch.device) -> Micro:
-        moved = [None if t is None else t.to(device, non_blocking=True) for t in (self.input_ids, self.examples, self.rows, self.targets)]
-        return Micro(*moved, self.sizes, self.tokens, None if self.weights is None else self.weights.to(device, non_blocking=True))
+        moved = {name: to_device(getattr(self, name), device) for name in ("input_ids", "examples", "rows", "targets")}
+        return replace(self, **moved, weights=None if self.weights is None else to_device(self.weights, device))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Sends a tensor without waiting for what the device is doing, which needs pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def tokenize(
@@ -177,33 +190,47 @@ def step_indices(examples: int, per_step: int, seed: int, step: int) -> list[int
     return order[within * per_step : (within + 1) * per_step].tolist()
 
 
-def collate(examples: Examples, indices: list[int], micro_size: int, weights: np.ndarray | None) -> list[Micro]:
-    """The micro-batches of one step: sorted by length, so that little is padded; the loss does not depend on the split.
+def micro_tokens_of(asked: int | None, device: torch.device) -> int:
+    """Tokens in one forward pass: what was asked for, else enough to keep the device busy within an ordinary memory."""
+    return asked or (16384 if device.type == "cuda" else 4096)
 
-    weights: flat over all completions (Examples.completion_offsets), or None where the loop decides them itself.
+
+def collate(examples: Examples, indices: list[int], micro_tokens: int, weights: np.ndarray | None) -> list[Micro]:
+    """The micro-batches of one step: its examples, longest first, packed into passes of at most micro_tokens tokens.
+
+    An example longer than that has a pass of its own; the loss does not depend on the split. weights: flat over all
+    completions (Examples.completion_offsets), or None where the loop decides them itself.
     """
-    offsets = examples.completion_offsets if weights is not None else None
     indices = sorted(indices, key=lambda i: (-int(examples.offsets[i + 1] - examples.offsets[i]), i))
-    micros = []
-    for at in range(0, len(indices), micro_size):
-        chosen = indices[at : at + micro_size]
-        ids = [examples.ids(i).astype(np.int64) for i in chosen]
-        length = max(len(x) for x in ids) - 1  # the last token predicts nothing
-        padded = np.zeros((len(chosen), length), dtype=np.int64)
-        rows, targets, sizes, parts = [], [], [], []
-        for row, (i, tokens) in enumerate(zip(chosen, ids, strict=True)):
-            padded[row, : len(tokens) - 1] = tokens[:-1]
-            start = int(examples.starts[i])
-            rows.append(row * length + np.arange(start - 1, len(tokens) - 1))
-            targets.append(tokens[start:])
-            sizes.append(len(tokens) - start)
-            if weights is not None:
-                parts.append(weights[offsets[i] : offsets[i + 1]])
-        micros.append(
-            Micro(
-                torch.from_numpy(padded), torch.tensor(chosen),
-                torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)),
-                sizes, sum(map(len, ids)), torch.from_numpy(np.concatenate(parts)) if weights is not None else None,
-            )
-        )  # fmt: skip
-    return micros
+    # As many passes as are needed, and even ones: a small last pass would run at a poor rate.
+    lengths = [int(examples.offsets[i + 1] - examples.offsets[i]) - 1 for i in indices]  # the last token predicts nothing
+    room = sum(lengths) / math.ceil(sum(lengths) / micro_tokens)
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for i, length in zip(indices, lengths, strict=True):
+        if groups[-1] and (filled >= room or filled + length > micro_tokens):
+            groups.append([])
+            filled = 0
+        groups[-1].append(i)
+        filled += length
+    return [pack(examples, group, weights) for group in groups]
+
+
+def pack(examples: Examples, indices: list[int], weights: np.ndarray | None) -> Micro:
+    """These examples, in this order, as one forward pass."""
+    ids = [examples.ids(i).astype(np.int64) for i in indices]
+    lengths = [len(tokens) - 1 for tokens in ids]
+    starts = [int(examples.starts[i]) for i in indices]
+    begins = np.concatenate(([0], np.cumsum(lengths)))
+    rows = [np.arange(begin + start - 1, begin + length) for begin, start, length in zip(begins, starts, lengths, strict=False)]
+    settings = {}
+    if weights is not None:
+        offsets = examples.completion_offsets
+        mine = np.concatenate([weights[offsets[i] : offsets[i + 1]] for i in indices])
+        settings = {"weight_sum": float(mine.sum(dtype=np.float64)), "kept": int((mine > 0).sum())}
+    return Micro(
+        torch.from_numpy(np.concatenate([tokens[:-1] for tokens in ids])), lengths, torch.from_numpy(np.repeat(indices, lengths)),
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(np.concatenate([tokens[start:] for tokens, start in zip(ids, starts, strict=True)])),
+        [len(part) for part in rows], list(indices), None if weights is None else torch.from_numpy(mine), **settings,
+    )  # fmt: skip

@@ -4,24 +4,27 @@ With a frozen head the gradient of each token's loss with respect to its state i
     d nll_i / d hidden_i = (softmax(z_i) - onehot(y_i)) W,
 and no sum over tokens exists (the only such sum is dW). So the unscaled rows are formed in the forward pass, and whatever
 factor a token gets later (a mask, a weight, 1 / count, a loss scale) is a scaling of its row in the backward pass: one
-pass, no recompute, and the mask may depend on all losses. A trainable head needs dW and recomputes its logits chunk by
-chunk. The chunked walk is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989); the row scaling
-is exact, not an approximation.
+pass, no recompute, and the mask may depend on all losses. A trainable head needs dW and makes its logits a second time.
 
-On CUDA the rows of a chunk go through one Triton program each; on CPU the same arithmetic is PyTorch, which is also the
-oracle of the tests. LETHE_KERNELS=triton forces Triton (in its interpreter, for tests on CPU).
+On CPU the vocabulary is walked in tiles small enough for the cache. A running maximum and sum give the softmax, and the
+rows above are, but for the onehot, attention of the states over W as keys and values (the recurrence of arXiv 2205.14135):
+the two products run at the rate of the matrix unit and W is read once. On CUDA rows go in chunks of the size that fills
+the device (arXiv 2410.10989), one Triton program a row between two products. LETHE_KERNELS=triton forces that way
+(in Triton's interpreter, for tests on CPU).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of logits held at a time
+from kernels.dispatch import use_triton
+
+CHUNK_BYTES = 512 << 20  # CUDA: of logits held at a time
+TILE = 1024, 2048  # CPU: columns and rows of logits held at a time, 8 MiB in float32
 
 
 class TokenStats(NamedTuple):
@@ -51,13 +54,21 @@ def token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, threshold: floa
     if not threshold > 0:
         raise ValueError(f"threshold is a perplexity and must be positive, got {threshold}")
     log_threshold = math.log(threshold)
-    parts = [
-        _rows(hidden[a:b] @ weight.T, _target_logits(hidden[a:b], weight, targets[a:b]), targets[a:b], log_threshold, False)
-        for a, b in _chunks(hidden, weight)
-    ]
-    if not parts:
+    if not len(hidden):
         empty = torch.zeros(0, device=hidden.device)
         return TokenStats(empty, empty, empty, empty.bool(), empty.bool())
+    parts = []
+    for a, b in _blocks(hidden, weight):
+        block, labels = hidden[a:b], targets[a:b]
+        label_logit = _target_logits(block, weight, labels)
+        if use_triton(hidden):
+            from kernels import token_loss_triton  # a missing Triton is an error here, never a detour
+
+            parts.append(token_loss_triton.rows(block @ weight.T, label_logit, labels, log_threshold, False))
+            continue
+        walk = _walk(block, weight, statistics=True)
+        nll = (walk.log_total - label_logit).clamp_(min=0)
+        parts.append((nll, nll.exp(), walk.entropy, walk.argmax == labels, nll <= log_threshold))
     return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -66,16 +77,28 @@ class _LinearNLL(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         trainable = weight.requires_grad
         wants_rows = hidden.requires_grad and not trainable
-        nll = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        log_total = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        nll = torch.empty_like(log_total)
         rows = torch.empty_like(hidden) if wants_rows else None
-        for a, b in _chunks(hidden, weight):
-            chunk = hidden[a:b]
-            logits = chunk @ weight.T  # (C, V)
-            nll[a:b] = _rows(logits, _target_logits(chunk, weight, targets[a:b]), targets[a:b], math.inf, wants_rows).nll
-            if wants_rows:
-                torch.mm(logits, weight, out=rows[a:b])  # logits now hold softmax - onehot
+        for a, b in _blocks(hidden, weight):
+            block, labels = hidden[a:b], targets[a:b]
+            label_logit = _target_logits(block, weight, labels)
+            if use_triton(hidden):
+                from kernels import token_loss_triton
+
+                logits = block @ weight.T  # (C, V)
+                nll[a:b] = token_loss_triton.rows(logits, label_logit, labels, math.inf, wants_rows)[0]
+                if wants_rows:
+                    torch.mm(logits, weight, out=rows[a:b])  # logits now hold softmax - onehot
+            else:
+                walk = _walk(block, weight, expectation=wants_rows)
+                log_total[a:b] = walk.log_total
+                # The target's logit is exact while its twin in the sum is rounded to the logits' dtype: never below zero.
+                nll[a:b] = (walk.log_total - label_logit).clamp_(min=0)
+                if wants_rows:
+                    rows[a:b] = walk.expectation.sub_(weight[labels])
         ctx.trainable = trainable
-        ctx.save_for_backward(*((hidden, weight, targets) if trainable else (rows,)))
+        ctx.save_for_backward(*((hidden, weight, targets, log_total) if trainable else (rows,)))
         return nll
 
     @staticmethod
@@ -83,18 +106,66 @@ class _LinearNLL(torch.autograd.Function):
         if not ctx.trainable:
             (rows,) = ctx.saved_tensors
             return None if rows is None else (rows * grad_nll[:, None]).to(rows.dtype), None, None
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        hidden, weight, targets, log_total = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for a, b in _chunks(hidden, weight):
-            chunk = hidden[a:b]
-            logits = chunk @ weight.T
-            _rows(logits, _target_logits(chunk, weight, targets[a:b]), targets[a:b], math.inf, True)
-            logits *= grad_nll[a:b, None].to(logits.dtype)
-            if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[a:b])
-            grad_weight += logits.T @ chunk
-        return grad_hidden, grad_weight.to(weight.dtype), None
+        for a, b in _blocks(hidden, weight):
+            block, labels, scale = hidden[a:b], targets[a:b], grad_nll[a:b, None]
+            if use_triton(hidden):
+                from kernels import token_loss_triton
+
+                logits = block @ weight.T
+                token_loss_triton.rows(logits, _target_logits(block, weight, labels), labels, math.inf, True)
+                logits *= scale.to(logits.dtype)
+                grad_hidden[a:b] = logits @ weight
+                grad_weight += logits.T @ block
+                continue
+            for start in range(0, len(weight), TILE[0]):
+                tile = weight[start : start + TILE[0]]
+                probability = (block @ tile.T).float().sub_(log_total[a:b, None]).exp_().mul_(scale)
+                probability = probability.to(block.dtype)
+                grad_hidden[a:b] += probability @ tile
+                grad_weight[start : start + TILE[0]] += probability.T @ block
+            grad_hidden[a:b] -= weight[labels] * scale
+            grad_weight.index_add_(0, labels, block.float() * scale, alpha=-1)
+        return grad_hidden.to(hidden.dtype) if ctx.needs_input_grad[0] else None, grad_weight.to(weight.dtype), None
+
+
+class _Walk(NamedTuple):
+    log_total: Tensor  # (C,) log of the sum of exp(logits)
+    expectation: Tensor | None  # (C, H) float32, softmax(logits) W
+    entropy: Tensor | None  # (C,)
+    argmax: Tensor | None  # (C,)
+
+
+def _walk(block: Tensor, weight: Tensor, expectation: bool = False, statistics: bool = False) -> _Walk:
+    """One walk over the vocabulary for the states block (C, H), tile by tile, under a running maximum."""
+    rows = len(block)
+    top, total = torch.full((rows,), -math.inf), torch.zeros(rows)
+    mean = torch.zeros(block.shape) if expectation else None  # sum of exp(z - top) w
+    weighted = torch.zeros(rows) if statistics else None  # sum of exp(z - top) (z - top)
+    argmax = torch.zeros(rows, dtype=torch.long) if statistics else None
+    for start in range(0, len(weight), TILE[0]):
+        tile = weight[start : start + TILE[0]]  # (t, H)
+        z = (block @ tile.T).float()  # (C, t)
+        tile_top, where = z.max(-1) if statistics else (z.amax(-1), None)
+        new_top = torch.maximum(top, tile_top)
+        shift = top - new_top  # 0 or below; -inf at the first tile
+        if statistics:
+            argmax = torch.where(tile_top > top, where + start, argmax)  # the first maximum wins, as in torch.argmax
+        scale = shift.exp()
+        z.sub_(new_top[:, None])
+        e = z.exp() if statistics else z.exp_()
+        if statistics:
+            weighted = (weighted + total * shift.nan_to_num(neginf=0.0)) * scale + (e * z).sum(-1)
+        total = total * scale + e.sum(-1)
+        if expectation:
+            mean.mul_(scale[:, None])
+            mean = mean.addmm_(e, tile) if tile.dtype == torch.float32 else mean.add_(e.to(tile.dtype) @ tile)
+        top = new_top
+    if expectation:
+        mean.div_(total[:, None])
+    return _Walk(top + total.log(), mean, total.log() - weighted / total if statistics else None, argmax)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -108,47 +179,16 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets must lie in [0, {weight.shape[0]}), got {int(targets.min())} to {int(targets.max())}")
 
 
-def _chunks(hidden: Tensor, weight: Tensor):
-    """Row ranges whose logits fit the memory budget, even in size."""
-    total = hidden.shape[0]
-    size = max(64, CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * hidden.element_size()))
+def _blocks(hidden: Tensor, weight: Tensor) -> list[tuple[int, int]]:
+    """Row ranges that are computed at a time, even in size."""
+    total, size = hidden.shape[0], TILE[1]
+    if use_triton(hidden):
+        size = max(64, CHUNK_BYTES // (weight.shape[0] * hidden.element_size()))
     count = -(-total // size)
-    size = -(-total // count) if count else 0
-    return [(a, min(a + size, total)) for a in range(0, total, size or 1)]
+    size = -(-total // count) if count else 1
+    return [(a, min(a + size, total)) for a in range(0, total, size)]
 
 
-def _target_logits(chunk: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _target_logits(block: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """h_i . W[y_i] in float32: in bf16 logits a rounding of z_y alone would move a perplexity by several per cent."""
-    return (chunk.float() * weight[targets].float()).sum(-1)
-
-
-def _rows(logits: Tensor, target_logit: Tensor, targets: Tensor, log_threshold: float, gradient: bool) -> TokenStats:
-    """Statistics of each row; with gradient, logits (C, V) become softmax - onehot in place (and entropy is not needed)."""
-    if logits.is_cuda or os.environ.get("LETHE_KERNELS") == "triton":
-        from kernels import token_loss_triton  # a missing Triton is an error here, never a detour
-
-        return TokenStats(*token_loss_triton.rows(logits, target_logit, targets, log_threshold, gradient))
-    return _rows_torch(logits, target_logit, targets, log_threshold, gradient)
-
-
-def _rows_torch(logits: Tensor, target_logit: Tensor, targets: Tensor, log_threshold: float, gradient: bool) -> TokenStats:
-    """The twin of token_loss_triton.rows."""
-    top, argmax = logits.max(-1)
-    top = top.float()
-    if gradient and logits.dtype == torch.float32:
-        probability = logits.sub_(top[:, None]).exp_()  # in place: no second (C, V)
-    else:
-        probability = (logits.float() - top[:, None]).exp_()
-    total = probability.sum(-1)
-    log_total = top + total.log()
-    # The target's logit is exact while its twin in the sum is rounded to the logits' dtype: never below zero.
-    nll = (log_total - target_logit).clamp_(min=0)
-    stats = (nll, nll.exp()), (argmax == targets, nll <= log_threshold)
-    probability.div_(total[:, None])
-    if gradient:
-        probability.scatter_add_(1, targets[:, None], torch.full_like(nll, -1.0)[:, None])
-        if logits.dtype != torch.float32:
-            logits.copy_(probability)
-        return TokenStats(*stats[0], torch.full_like(nll, math.nan), *stats[1])
-    entropy = log_total - (probability * logits).sum(-1)  # log Z - sum p z
-    return TokenStats(*stats[0], entropy, *stats[1])
+    return (block.float() * weight[targets].float()).sum(-1)

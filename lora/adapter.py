@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lora.layers import LoRALinear, add_layers, all_linears, lora_layers, remove_lora, target_names
+from lora.layers import Projection, add_layers, all_linears, lora_layers, target_names
 from model.checkpoint import open_safetensors, read_json, write_tensors
 from model.llama import Llama
 from study.errors import LetheError
@@ -43,10 +43,10 @@ def save_adapter(model: Llama, folder: str | Path, base: str = "") -> None:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
     write_tensors(folder / "adapter_model.safetensors", tensors, {"base_fingerprint": model.fingerprint})
-    write_json(folder / "adapter_config.json", peft_config(layers, all_linears(model), base))
+    write_json(folder / "adapter_config.json", peft_config(layers, model.adapter.dropout, all_linears(model), base))
 
 
-def peft_config(layers: dict[str, LoRALinear], linears: list[str], base: str) -> dict:
+def peft_config(layers: dict[str, Projection], dropout: float, linears: list[str], base: str) -> dict:
     """The keys that PEFT reads (peft 0.21); ranks and alphas that differ go into its patterns. linears: all of the model."""
     any_layer = next(iter(layers.values()))
     kinds = {name.rsplit(".", 1)[1] for name in layers}
@@ -60,7 +60,7 @@ def peft_config(layers: dict[str, LoRALinear], linears: list[str], base: str) ->
         "init_lora_weights": True,
         "layers_to_transform": None,
         "lora_alpha": any_layer.alpha,
-        "lora_dropout": any_layer.dropout,
+        "lora_dropout": dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": any_layer.rank,
@@ -104,7 +104,6 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float | None = None)
         wanted[f"{PREFIX}{name}.lora_A.weight"] = (rank, linear.in_features)
         wanted[f"{PREFIX}{name}.lora_B.weight"] = (linear.out_features, rank)
     _refuse_misfits(wanted, loaded, file)
-    remove_lora(model)
     add_layers(model, shapes, config.get("lora_dropout", 0.0) if dropout is None else dropout, config.get("use_rslora", False))
     with torch.no_grad():
         for name, layer in lora_layers(model).items():

@@ -2,10 +2,13 @@
 
     y = x W^T + scale * (dropout(x) A^T) B^T,     scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)
 
-A (rank, in) starts Kaiming-uniform and B (out, rank) zero, so a fresh adapter changes nothing. Every projection draws a
-dropout mask of its own. Masks are a hash of (row key, projection, column), not a stream: a token's mask depends on the
-seed, the step, its example and its position alone, so a step has the same gradient however it is split into
-micro-batches, and a recomputed layer sees the same mask without anything being stored.
+A (rank, in) starts Kaiming-uniform and B (out, rank) zero, so a fresh adapter changes nothing. Factors of one shape are
+rows of one parameter, so clipping, the optimizer and the cast to the compute dtype are a handful of kernels and not
+hundreds. They are float32; a pass computes with copies in the model's dtype.
+
+Every projection draws a dropout mask of its own. Masks are a hash of (row key, projection, column), not a stream: a
+token's mask depends on the seed, the step, its example and its position alone, so a step has the same gradient however it
+is split into micro-batches, and a recomputed layer sees the same mask without anything being stored.
 """
 
 from __future__ import annotations
@@ -16,25 +19,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.llama import LINEAR_NAMES, Linear, Llama
+from kernels.linear import Addition
+from kernels.low_rank import mix, to_int32
+from model.llama import GROUPS, LINEAR_NAMES, Linear, Llama
 from study.errors import LetheError
 
 
-class LoRALinear(nn.Linear):
-    """A frozen linear with a trainable low-rank addition. It is the linear: same parameter names, plus lora_A and lora_B."""
+class Projection:
+    """One adapted linear: where it is, and its factors, which are rows of a LoRA's stacks."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool, salt: int):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=linear.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=linear.weight.device))
-        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+    def __init__(self, model: Llama, name: str, rank: int, alpha: float, rslora: bool, salt: int):
+        self.name, self.rank, self.alpha, self.rslora = name, rank, alpha, rslora
         self.salt = salt  # tells this projection's dropout masks from the others'
-        self.row_keys: Tensor | None = None  # (B * T,) int32, set by dropout_rows
+        parent, _, leaf = name.rpartition(".")
+        self.linear: Linear = model.get_submodule(name)
+        self.layer = int(parent.split(".")[2])
+        self.group = next(group for group, names in GROUPS.items() if leaf in names)
+        names = GROUPS[self.group]
+        start = sum(model.get_submodule(f"{parent}.{other}").out_features for other in names[: names.index(leaf)])
+        self.columns = start, start + self.linear.out_features  # of the group's joined output
+        self.stacks = f"A_{rank}x{self.linear.in_features}", f"B_{self.linear.out_features}x{rank}"
+        self.rows = 0, 0  # of lora_A and lora_B in their stacks
+        self.owner: LoRA | None = None
+
+    @property
+    def lora_A(self) -> Tensor:
+        """(rank, in) float32"""
+        return self.owner.stacks[self.stacks[0]][self.rows[0]]
+
+    @property
+    def lora_B(self) -> Tensor:
+        """(out, rank) float32"""
+        return self.owner.stacks[self.stacks[1]][self.rows[1]]
 
     @property
     def scale(self) -> float:
@@ -42,102 +60,54 @@ class LoRALinear(nn.Linear):
 
     def delta(self) -> Tensor:
         """(out, in) float32: what the adapter adds to the weight."""
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        keys, rows = self.row_keys, x.shape[:-1].numel()
-        if p and (keys is None or keys.numel() != rows):  # plain use outside the training loop
-            keys = torch.randint(-(2**31), 2**31 - 1, (rows,), dtype=torch.int32, device=x.device)
-        factors = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return _LowRank.apply(x, self.weight, self.bias, *factors, self.scale, p, keys, self.salt)
+        return self.scale * (self.lora_B @ self.lora_A)
 
 
-class _LowRank(torch.autograd.Function):
-    """x W^T + scale * (dropout(x) A^T) B^T with W frozen. Keeps x and the thin product; masks are made again in backward.
+class LoRA(nn.Module):
+    """All adapters of a model. Its parameters: stacks "A_16x2048" (n, 16, 2048), "B_512x16" (n, 512, 16) …, float32."""
 
-    The rank-r products come first, so neither B A nor a gradient of W is ever formed.
-    """
+    def __init__(self, projections: list[Projection], dropout: float, device: torch.device):
+        super().__init__()
+        self.dropout, self.projections = dropout, {p.name: p for p in projections}
+        counts: dict[str, int] = {}
+        self._groups: dict[tuple[int, str], list[Projection]] = {}
+        for projection in projections:
+            projection.owner, projection.rows = self, tuple(counts.get(stack, 0) for stack in projection.stacks)
+            for stack in projection.stacks:
+                counts[stack] = counts.get(stack, 0) + 1
+            self._groups.setdefault((projection.layer, projection.group), []).append(projection)
+        shapes = {stack: (count, *map(int, stack[2:].split("x"))) for stack, count in sorted(counts.items())}
+        self.stacks = nn.ParameterDict({stack: torch.zeros(shape, device=device) for stack, shape in shapes.items()})
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale, p, keys, salt):
-        flat = x.reshape(-1, x.shape[-1])  # (M, in)
-        thin = (drop(flat, p, keys, salt) @ A.T) * scale  # (M, rank)
-        out = F.linear(flat, weight, bias).addmm_(thin, B.T)  # (M, out)
-        ctx.save_for_backward(flat, weight, A, B, thin, keys)
-        ctx.settings = scale, p, salt
-        return out.view(*x.shape[:-1], -1)
+    @property
+    def drops(self) -> bool:
+        return self.training and self.dropout > 0
 
-    @staticmethod
-    def backward(ctx, grad):
-        flat, weight, A, B, thin, keys = ctx.saved_tensors
-        scale, p, salt = ctx.settings
-        shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])  # (M, out)
-        grad_thin = (grad @ B) * scale  # (M, rank)
-        grad_B = grad.T @ thin
-        grad_A = grad_thin.T @ drop(flat, p, keys, salt)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            if p:
-                grad_x = (grad @ weight).add_(drop(grad_thin @ A, p, keys, salt))
-            else:
-                grad_x = (grad @ weight).addmm_(grad_thin, A)
-            grad_x = grad_x.view(*shape[:-1], -1)
-        return grad_x, None, None, grad_A, grad_B, None, None, None, None
+    def additions(self, dtype: torch.dtype) -> dict[int, dict[str, Addition]]:
+        """What one pass adds, {layer: {group of linears: Addition}}, with factors in the compute dtype."""
+        factors = {name: stack.to(dtype).unbind(0) for name, stack in self.stacks.items()}  # one cast a stack
+        dropout, found = self.dropout if self.training else 0.0, {}
+        for (layer, group), members in self._groups.items():
+            mine = tuple(factors[stack][row] for p in members for stack, row in zip(p.stacks, p.rows, strict=True))
+            parts = ((p.columns, p.scale, p.salt) for p in members)
+            found.setdefault(layer, {})[group] = Addition(mine, *zip(*parts, strict=True), dropout)
+        return found
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A full-avalanche hash of int32 values (the finaliser of MurmurHash3), wrapping as int32 does."""
-    for shift, factor in ((16, -2048144789), (13, -1028477387), (16, 1)):
-        x = (x ^ ((x >> shift) & (0x7FFFFFFF >> (shift - 1)))) * factor  # logical shift, since int32 is signed
-    return x
+def dropout_keys(seed: int, step: int, examples: Tensor, positions: Tensor) -> Tensor:
+    """(T,) int32 row keys for one micro-batch: a hash of (seed, step, example, position) of each of its T tokens."""
+    start = torch.tensor([to_int32(seed * 0x85EBCA6B + 1)], dtype=torch.int32, device=examples.device)
+    key = mix(mix(start ^ to_int32(step * 0xC2B2AE35 + 1)) ^ examples.to(torch.int32))
+    return mix(key * 31 + positions.to(torch.int32))
 
 
-def drop(x: Tensor, p: float, row_keys: Tensor | None, salt: int) -> Tensor:
-    """Inverted dropout of x (M, N): element (row, column) survives if a hash of (row key, salt, column) says so.
-
-    row_keys (M,) int32. The same keys and salt give the same mask to whatever x. p = 0 gives x itself.
-    """
-    if not p:
-        return x
-    row = _mix(row_keys ^ _to_int32(salt * 0x9E3779B1))[:, None]
-    column = _mix(torch.arange(1, x.shape[-1] + 1, dtype=torch.int32, device=x.device))
-    # xor joins two well-mixed words; the odd factor breaks its linearity. Three cheap passes over x, nothing stored.
-    keep = (row ^ column).mul_(-1640531535) >= _to_int32(-(2**31) + int(p * 2**32))
-    return torch.where(keep, x, 0.0).mul_(1.0 / (1.0 - p))
-
-
-def _to_int32(value: int) -> int:
-    return (value + 2**31) % 2**32 - 2**31
-
-
-def dropout_keys(seed: int, step: int, examples: Tensor, length: int) -> Tensor:
-    """(B * length,) int32 row keys for one micro-batch: a hash of (seed, step, example, position). examples (B,) integers."""
-    start = torch.tensor([_to_int32(seed * 0x85EBCA6B + 1)], dtype=torch.int32, device=examples.device)
-    key = _mix(_mix(start ^ _to_int32(step * 0xC2B2AE35 + 1))[:, None] ^ examples.to(torch.int32)[:, None])  # (B, 1)
-    return _mix(key * 31 + torch.arange(length, dtype=torch.int32, device=examples.device)).flatten()
-
-
-@contextmanager
-def dropout_rows(model: Llama, keys: Tensor) -> Iterator[None]:
-    """Within it, dropout masks follow these row keys (of the flattened B * T tokens), the backward pass included."""
-    layers = lora_layers(model)
-    for layer in layers.values():
-        layer.row_keys = keys
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.row_keys = None
-
-
-def lora_layers(model: Llama) -> dict[str, LoRALinear]:
+def lora_layers(model: Llama) -> dict[str, Projection]:
     """The adapted linears by their full name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return model.adapter.projections if model.adapter is not None else {}
 
 
 def lora_parameters(model: Llama) -> list[nn.Parameter]:
-    return [parameter for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)]
+    return list(model.adapter.parameters()) if model.adapter is not None else []
 
 
 def target_names(targets: str | list[str]) -> tuple[str, ...]:
@@ -173,63 +143,59 @@ def add_lora(
 
 
 def all_linears(model: Llama) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in LINEAR_NAMES]
+    return [name for name, module in model.named_modules() if isinstance(module, Linear) and name.rsplit(".", 1)[-1] in LINEAR_NAMES]
 
 
 def add_layers(model: Llama, shapes: dict[str, tuple[int, float]], dropout: float, rslora: bool) -> None:
-    """Replaces the named linears by LoRALinear with their (rank, alpha); A is left uninitialised."""
+    """Puts adapters of the given (rank, alpha) on the named linears; their factors are zero."""
     model.requires_grad_(False)
-    order = {name: index for index, name in enumerate(all_linears(model))}
-    for name, (rank, alpha) in shapes.items():
-        parent, _, leaf = name.rpartition(".")
-        layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout, rslora, salt=order[name] + 1)
-        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+    projections = [
+        Projection(model, name, *shapes[name], rslora, salt=index + 1) for index, name in enumerate(all_linears(model)) if name in shapes
+    ]
+    model.adapter = LoRA(projections, dropout, model.device).train(model.training)
 
 
+@torch.no_grad()
 def init_lora(model: Llama, generator: torch.Generator | None = None) -> None:
     """A Kaiming-uniform with a = sqrt(5), which is uniform in ±1/sqrt(in); B zero. A CPU generator gives every device the same."""
-    for layer in lora_layers(model).values():
-        bound = 1 / math.sqrt(layer.in_features)
-        layer.lora_A.data.copy_(torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator))
-        layer.lora_B.data.zero_()
+    for projection in lora_layers(model).values():
+        bound = 1 / math.sqrt(projection.linear.in_features)
+        projection.lora_A.copy_(torch.empty(projection.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        projection.lora_B.zero_()
 
 
 def remove_lora(model: Llama) -> None:
     """Takes the adapters off; the base's weights are as they were."""
-    for name, layer in lora_layers(model).items():
-        parent, _, leaf = name.rpartition(".")
-        linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
-        setattr(model.get_submodule(parent), leaf, linear.train(layer.training))
+    model.adapter = None
 
 
 @torch.no_grad()
 def merge_adapter(model: Llama) -> None:
     """Adds the adapters into the weights (summed in float32, rounded once to the weights' dtype) and takes them off.
 
-    The model is another base afterwards, and its fingerprint says so: the adapter does not fit it a second time.
+    The weights change in place: what was captured with their addresses stays valid. The model is another base afterwards,
+    and its fingerprint says so: the adapter does not fit it a second time.
     """
-    layers = lora_layers(model)
-    if layers and model.fingerprint:
-        content = b"".join(tensor.cpu().numpy().tobytes() for layer in layers.values() for tensor in (layer.lora_A[0], layer.lora_B[0]))
+    projections = lora_layers(model).values()
+    if projections and model.fingerprint:
+        content = b"".join(tensor.cpu().numpy().tobytes() for p in projections for tensor in (p.lora_A[0], p.lora_B[0]))
         model.fingerprint = hashlib.sha256(model.fingerprint.encode() + content).hexdigest()[:16]
-    for layer in layers.values():
-        layer.weight = nn.Parameter((layer.weight.float() + layer.delta()).to(layer.weight.dtype), requires_grad=False)
+    for projection in projections:
+        weight = projection.linear.weight.data
+        weight.copy_(weight.float() + projection.delta())
     remove_lora(model)
 
 
 @contextmanager
 def merged(model: Llama) -> Iterator[None]:
     """Within it the model runs with its adapters merged; afterwards weights and adapters are back, bit for bit."""
-    layers = lora_layers(model)
-    weights = {name: layer.weight for name, layer in layers.items()}
-    fingerprint = model.fingerprint
+    adapter, fingerprint = model.adapter, model.fingerprint
+    kept = [(p.linear.weight.data, p.linear.weight.data.clone()) for p in lora_layers(model).values()]
     merge_adapter(model)
     try:
         yield
     finally:
-        model.fingerprint = fingerprint
-        for name, layer in layers.items():
-            layer.weight = weights[name]
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+        for weight, before in kept:
+            weight.copy_(before)
+        if adapter is not None:
+            model.fingerprint, model.adapter = fingerprint, adapter.train(model.training)

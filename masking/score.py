@@ -16,17 +16,28 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from data.batching import Examples, collate
+from data.batching import Examples, Micro, collate, micro_tokens_of
 from kernels import linear_nll
 from masking.weights import token_weights
+from model.attention import Pack
 from model.llama import Llama
 from study.errors import LetheError
 from study.folder import write_bytes
 
 
+def micro_nll(model: Llama, micro: Micro, sight: Pack | None = None, row_keys: torch.Tensor | None = None) -> torch.Tensor:
+    """nll (n,) of a micro-batch's completion tokens: the one way from tokens to losses, for training, scoring and evaluation.
+
+    sight: of its examples, where the caller has it already. row_keys (T,): of the adapters' dropout.
+    """
+    sight = sight or Pack(micro.lengths, model.config, model.device)
+    return linear_nll(model.hidden(micro.input_ids, sight, micro.rows, row_keys), model.head_weight, micro.targets)
+
+
 @torch.inference_mode()
 def score_examples(
-    model: Llama, examples: Examples, reference: str, folder: Path, batch_size: int = 64, progress: Callable[[int], None] | None = None
+    model: Llama, examples: Examples, reference: str, folder: Path,
+    micro_tokens: int | None = None, progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """nll of every completion token (the end token too), flat as Examples.completion_offsets says, float32.
 
@@ -52,21 +63,25 @@ def score_examples(
         np.full(len(ids), np.nan, dtype=np.float32).tofile(partial)
     nll = np.memmap(partial, dtype=np.float32, mode="r+", shape=(len(ids),))
     offsets, lengths = examples.completion_offsets, examples.lengths
-    todo = [i for i in np.argsort(lengths, kind="stable").tolist() if np.isnan(nll[offsets[i] : offsets[i + 1]]).any()]
+    order = np.argsort(lengths, kind="stable").tolist()
     was_training = model.training
     model.eval()
     try:
-        for at in range(0, len(todo), batch_size):
-            chosen = sorted(todo[at : at + batch_size], key=lambda i: (-lengths[i], i))  # as collate orders them
-            (micro,) = collate(examples, chosen, len(chosen), None)
-            micro = micro.to(model.device)
-            scored = linear_nll(model.hidden(micro.input_ids, rows=micro.rows), model.head_weight, micro.targets).cpu().numpy()
-            if not np.isfinite(scored).all():
-                raise LetheError(f"the reference model gives NaN or infinite losses (examples {chosen[:8]} …); try --dtype float32")
-            for i, part in zip(chosen, np.split(scored, np.cumsum(micro.sizes)[:-1]), strict=True):
-                nll[offsets[i] : offsets[i + 1]] = part
-            if progress:
-                progress(len(chosen))
+        # What is packed together does not depend on what is scored already, or the last bits would.
+        for at in range(0, len(order), 256):
+            for micro in collate(examples, order[at : at + 256], micro_tokens_of(micro_tokens, model.device), None):
+                if not any(np.isnan(nll[offsets[i] : offsets[i + 1]]).any() for i in micro.indices):
+                    if progress:
+                        progress(len(micro.indices))
+                    continue
+                scored = micro_nll(model, micro.to(model.device)).cpu().numpy()
+                if not np.isfinite(scored).all():
+                    who = f"examples {micro.indices[:8]} …"
+                    raise LetheError(f"the reference model gives NaN or infinite losses ({who}); try --dtype float32")
+                for i, part in zip(micro.indices, np.split(scored, np.cumsum(micro.sizes)[:-1]), strict=True):
+                    nll[offsets[i] : offsets[i + 1]] = part
+                if progress:
+                    progress(len(micro.indices))
     finally:
         model.train(was_training)
     result = np.array(nll)

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.llama import Llama, LlamaConfig
+from model.config import LlamaConfig
+from model.llama import Llama
 from study.errors import LetheError
 from study.folder import replacing
 
@@ -152,7 +153,7 @@ def sample_of(name: str, tensor: torch.Tensor, values: int = 64) -> bytes:
 
 def save_weights(model: Llama, file: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the weights under Hugging Face's names (a tied head is not repeated), atomically."""
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if not name.startswith("adapter.")}
     write_tensors(file, {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()})
 
 

@@ -3,112 +3,28 @@
 Reads like the architecture of arXiv 2302.13971 (Llama), 2307.09288 (grouped queries) and the llama3 rotary scaling of
 Llama 3.1. Parameter names are Hugging Face's, so a checkpoint's tensors drop in by name.
 
-    model = Llama(config)                     # B examples, T tokens, H hidden, V vocabulary
-    logits = model(input_ids)                 # (B, T) -> (B, T, V)
-    states = model.hidden(input_ids)          # (B, T, H), after the final norm and before the head
+    model = Llama(config)                          # T tokens, H hidden, V vocabulary
+    logits = model(input_ids)                      # (B, T) -> (B, T, V)
+    states = model.hidden(input_ids)               # (B, T, H), after the final norm and before the head
+    states = model.hidden(packed_ids, sight)       # (T, H): examples one behind the other; the sight knows who sees whom
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from study.errors import LetheError
+from kernels.linear import Addition, Joined, linear, norm, norm_linear, rotate, swiglu_linear
+from model.attention import Pack
+from model.config import LlamaConfig
 
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """What a Hugging Face config.json says about the shape of a Llama."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict = field(default_factory=dict)  # {} means none
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    max_position_embeddings: int = 2048
-
-    @classmethod
-    def from_dict(cls, raw: dict, where: str = "config.json") -> LlamaConfig:
-        """Reads both spellings of the rotary settings: rope_theta + rope_scaling, and rope_parameters (transformers 5).
-
-        Raises LetheError for another architecture, a missing key, or a rotary scaling that is not implemented.
-        """
-        if raw.get("model_type", "llama") != "llama":
-            raise LetheError(f"{where}: model_type is {raw['model_type']!r}, but only 'llama' can be loaded")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [key for key in needed if not isinstance(raw.get(key), int)]
-        if missing:
-            raise LetheError(f"{where}: the key {missing[0]!r} is missing or no integer; copy the model's original config")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise LetheError(f"{where}: hidden_act is {raw['hidden_act']!r}; a Llama's is 'silu'")
-        heads = raw["num_attention_heads"]
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-        kind = rope.get("rope_type") or rope.get("type") or "default"  # some files carry both spellings
-        if kind not in ("default", "linear", "llama3"):
-            raise LetheError(f"{where}: rotary scaling {kind!r} is unknown here; known: default, linear, llama3")
-        wanted = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        wanted = wanted.get(kind, ("factor",) if kind == "linear" else ())
-        for key in wanted:
-            if not isinstance(rope.get(key), (int, float)):
-                raise LetheError(f"{where}: rotary scaling {kind!r} needs the key {key!r}, a number")
-        config = cls(
-            **{key: raw[key] for key in needed},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
-            rope_scaling={} if kind == "default" else {"rope_type": kind, **{key: float(rope[key]) for key in wanted}},
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        )
-        if heads % config.num_key_value_heads:
-            raise LetheError(f"{where}: {heads} heads cannot share {config.num_key_value_heads} key-value heads evenly")
-        return config
-
-
-def rotary_frequencies(config: LlamaConfig) -> Tensor:
-    """(head_dim / 2,) float32: theta^(-2i/d), stretched for long contexts as Llama 3.1 does where the config says so."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequency = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
-    if not scaling:
-        return frequency
-    slow = frequency / scaling["factor"]
-    if scaling["rope_type"] == "linear":
-        return slow
-    # Fast waves stay, slow waves are stretched by the factor, those between are blended.
-    wavelength = 2 * math.pi / frequency
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    context = scaling["original_max_position_embeddings"]
-    blend = (context / wavelength - low) / (high - low)
-    blended = (1 - blend) * slow + blend * frequency
-    frequency = torch.where(wavelength > context / low, slow, frequency)
-    between = (wavelength >= context / high) & (wavelength <= context / low)
-    return torch.where(between, blended, frequency)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the halves of each head (Hugging Face's layout). x (B, heads, T, D), cos and sin broadcast to it."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+LINEAR_NAMES = tuple(name for names in GROUPS.values() for name in names)
 
 
 class Linear(nn.Linear):
@@ -125,99 +41,66 @@ class Embedding(nn.Embedding):
         pass
 
 
+class Block(nn.Module):
+    """The linears of attention or of the MLP under Hugging Face's names; those with one input are multiplied as one."""
+
+    def __init__(self, bias: bool, **shapes: tuple[int, int]):
+        super().__init__()
+        for name, (inputs, outputs) in shapes.items():
+            self.add_module(name, Linear(inputs, outputs, bias=bias))
+        self._joined: dict[str, tuple[tuple[int, ...], Joined]] = {}
+
+    def joined(self, group: str) -> Joined:
+        """The weights of a group as one matrix whose rows they are. Where they lie apart (just loaded or moved) they are joined."""
+        linears = [getattr(self, name) for name in GROUPS[group]]
+        places = tuple(module.weight.data_ptr() for module in linears)
+        if group not in self._joined or self._joined[group][0] != places:
+            with torch.inference_mode(False), torch.no_grad():
+                whole = linears[0].weight.detach()
+                if len(linears) > 1:
+                    whole = torch.cat([module.weight.detach() for module in linears])
+                    for module, rows in zip(linears, whole.split([module.out_features for module in linears]), strict=True):
+                        module.weight.data = rows
+            places = tuple(module.weight.data_ptr() for module in linears)
+            self._joined[group] = places, Joined(whole, tuple(module.weight for module in linears), None)
+        found = self._joined[group][1]
+        return found if linears[0].bias is None else found._replace(bias=torch.cat([module.bias for module in linears]))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # statistics in float32, whatever the compute dtype
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-class KVCache:
-    """Keys and values of every layer in one block each, and how many tokens each row holds.
-
-    Rows are ragged: a prompt is written from slot 0, and decoding writes row b at slot lengths[b], over the padding that
-    the prefill left there. Slots beyond a row's length are masked, so what they hold does not matter.
-    """
-
-    def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drops all rows but these (finished sequences leave the batch)."""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
-
-    def append_one(self, layer: int, key: Tensor, value: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Writes one token a row, key and value (B, kv, 1, D). Returns keys, values (B, kv, slots, D), mask (B, 1, 1, slots)."""
-        row = torch.arange(key.shape[0], device=key.device)
-        self.keys[layer][row, :, self.lengths] = key[:, :, 0]
-        self.values[layer][row, :, self.lengths] = value[:, :, 0]
-        seen = torch.arange(slots, device=key.device) <= self.lengths[:, None]
-        return self.keys[layer][:, :, :slots], self.values[layer][:, :, :slots], seen[:, None, None, :]
-
-
-class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer = layer
-        bias = config.attention_bias
-        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
-        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, slots: int) -> Tensor:
-        B, T, _ = x.shape
-        query = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
-        key = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, kv, T, D)
-        value = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        group = self.heads // self.kv_heads
-        if slots:  # one new token a row: the heads of a group are rows of one small attention, keys are not copied
-            key, value, seen = cache.append_one(self.layer, key, value, slots)
-            query = query.view(B, self.kv_heads, group, self.head_dim)
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen).view(B, 1, -1)
-            return self.o_proj(out)
-        if cache is not None:
-            cache.keys[self.layer][:, :, :T] = key
-            cache.values[self.layer][:, :, :T] = value
-        if group > 1:
-            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        # Padding is on the right, so the causal mask alone keeps it out of every real token's sight.
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(size, inner, bias=bias)
-        self.up_proj = Linear(size, inner, bias=bias)
-        self.down_proj = Linear(inner, size, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class Layer(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        H, inner, D = config.hidden_size, config.intermediate_size, config.head_dim
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
+        self.index, self.rotated = index, heads + kv
+        self.self_attn = Block(config.attention_bias, q_proj=(H, heads * D), k_proj=(H, kv * D), v_proj=(H, kv * D), o_proj=(heads * D, H))
+        self.mlp = Block(config.mlp_bias, gate_proj=(H, inner), up_proj=(H, inner), down_proj=(inner, H))
+        self.input_layernorm = RMSNorm(H, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(H, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, slots: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, slots)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, residual: Tensor | None, sight: Pack, added: dict[str, Addition], row_keys: Tensor | None, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x (T, H), what the layer before adds to the residual stream, and the stream -> the same two of this layer.
+
+        With rows (n,) both come out for these rows alone, (n, H): only keys and values are needed of the others.
+        """
+        attention, mlp, before, after = self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
+        qkv, residual = norm_linear(x, residual, before.weight, before.eps, attention.joined("qkv"), added.get("qkv"), row_keys)
+        x = sight.attend(self.index, rotate(qkv, self.rotated, sight.cos, sight.sin))
+        if rows is not None:
+            x, residual = x.index_select(0, rows), residual.index_select(0, rows)
+            row_keys = None if row_keys is None else row_keys[rows]
+        x = linear(x, attention.joined("o"), added.get("o"), row_keys)
+        gate_up, residual = norm_linear(x, residual, after.weight, after.eps, mlp.joined("gate_up"), added.get("gate_up"), row_keys)
+        return swiglu_linear(gate_up, mlp.joined("down"), added.get("down"), row_keys), residual
 
 
 class Decoder(nn.Module):
@@ -237,6 +120,7 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.adapter: nn.Module | None = None  # lora.layers.LoRA; its additions(dtype) are what it adds to each layer's linears
         self.fingerprint = ""  # names the base's weights; set by load_model, stored with adapters and scores
         self.gradient_checkpointing = False
 
@@ -263,30 +147,28 @@ class Llama(nn.Module):
             else:
                 parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    def hidden(self, input_ids: Tensor, cache: KVCache | None = None, decode_slots: int = 0, rows: Tensor | None = None) -> Tensor:
-        """States after the final norm: (B, T, H), or (len(rows), H) for the given rows of the flattened B * T.
+    def hidden(
+        self, input_ids: Tensor, sight: Pack | None = None, rows: Tensor | None = None, row_keys: Tensor | None = None
+    ) -> Tensor:
+        """States after the final norm. input_ids (B, T) -> (B, T, H); or packed (T,) with its sight (model.attention) -> (T, H).
 
-        Without a cache, or with an empty one, the tokens stand at positions 0 … T-1 (pad on the right). With
-        decode_slots > 0 each row gets one token (T = 1) behind what the cache holds of it, and decode_slots is how many
-        slots of the cache take part: at least the longest row's new length.
+        rows (n,) of the flattened tokens: the states of these alone, (n, H). row_keys (T,) int32: which dropout masks the
+        adapters draw (lora.layers.dropout_keys); without them they are drawn anew.
         """
-        x = self.model.embed_tokens(input_ids)
-        if decode_slots:
-            positions = cache.lengths[:, None].float()  # (B, 1)
-        else:
-            positions = torch.arange(input_ids.shape[1], device=x.device).float()[None]  # (1, T)
-        # Frequencies are made in float32 even when the model is not, or long positions lose their phase.
-        angle = positions[..., None] * rotary_frequencies(self.config).to(x.device)
-        angle = torch.cat((angle, angle), dim=-1)[:, None]  # (B or 1, 1, T, D)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        for layer in self.model.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, None, 0, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, cache, decode_slots)
-        if rows is not None:
-            x = x.reshape(-1, x.shape[-1])[rows]
-        return self.model.norm(x)
+        if sight is None:
+            sight = Pack([input_ids.shape[1]] * input_ids.shape[0], self.config, input_ids.device)
+        x, residual, added = self.model.embed_tokens(input_ids.flatten()), None, {}
+        if self.adapter is not None:
+            added = self.adapter.additions(x.dtype)
+            if row_keys is None and self.adapter.drops:
+                row_keys = torch.randint(-(2**31), 2**31 - 1, (len(x),), dtype=torch.int32, device=x.device)
+        saves = self.gradient_checkpointing and torch.is_grad_enabled()
+        for index, layer in enumerate(self.model.layers):
+            run = partial(checkpoint, layer, use_reentrant=False) if saves else layer
+            last = index + 1 == len(self.model.layers)
+            x, residual = run(x, residual, sight, added.get(index, {}), row_keys, rows if last else None)
+        states = norm(x, residual, self.model.norm.weight, self.model.norm.eps)  # of all layers' sum
+        return states if rows is not None else states.view(*input_ids.shape, -1)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return F.linear(self.hidden(input_ids), self.head_weight)

@@ -9,6 +9,12 @@ class LetheError(Exception):
     """Says in one line what is wrong, where, and the mend. Commands print it and exit with 2."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device or of the host: torch words them differently."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
 def run_command(work: Callable[[], None]) -> int:
     """Runs a command's work; returns its exit status: 0, 2 after an error, 130 after Ctrl-C."""
     try:
@@ -23,12 +29,12 @@ def run_command(work: Callable[[], None]) -> int:
         return 0
     except OSError as error:  # a full disk, a folder that may not be read
         message = f"{error.filename or 'file system'}: {error.strerror or error}; what is done is kept"
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         message = (
-            f"out of memory ({str(error).splitlines()[0]}); halve --batch_size and double --gradient_accumulation (the "
-            "result is the same), add --gradient_checkpointing, or lower --evaluation.batch_size if it was scoring"
+            f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}), with one example in a pass; add "
+            "--gradient_checkpointing, lower --max_length, or lower --evaluation.batch_size if it was scoring"
         )
     else:
         return 0

@@ -26,6 +26,7 @@ NOT_IDENTITY = {
     "out",
     "seeds",
     "device",
+    "micro_tokens",
     "strict",
     "inspect",
     "print_config",

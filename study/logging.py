@@ -162,6 +162,13 @@ def progress(
     return Progress(work, desc, unit, enabled, summary, start, stream or sys.stderr)
 
 
+def say(text: str) -> None:
+    """A line that a progress bar on the terminal does not swallow."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

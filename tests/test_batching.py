@@ -140,32 +140,37 @@ def test_number_of_steps():
 def test_collate_aligns_rows_and_targets():
     examples = Examples.from_pairs([([1, 2], [3, 4, 5]), ([6], [7]), ([8, 9, 10, 11], [12, 13])])
     weights = np.arange(6, dtype=np.float32)
-    (micro,) = collate(examples, [0, 1, 2], 8, weights)
+    (micro,) = collate(examples, [0, 1, 2], 10, weights)
     # Longest first; the last token of each is predicted but predicts nothing, so it is no input.
-    assert micro.examples.tolist() == [2, 0, 1]
-    assert micro.input_ids.tolist() == [[8, 9, 10, 11, 12], [1, 2, 3, 4, 0], [6, 0, 0, 0, 0]]
-    assert micro.rows.tolist() == [3, 4, 6, 7, 8, 10] and micro.targets.tolist() == [12, 13, 3, 4, 5, 7]
+    assert micro.indices == [2, 0, 1] and micro.lengths == [5, 4, 1]
+    assert micro.input_ids.tolist() == [8, 9, 10, 11, 12, 1, 2, 3, 4, 6] and micro.examples.tolist() == [2] * 5 + [0] * 4 + [1]
+    assert micro.rows.tolist() == [3, 4, 6, 7, 8, 9] and micro.targets.tolist() == [12, 13, 3, 4, 5, 7]
     assert micro.sizes == [2, 3, 1] and micro.tokens == 13 and micro.weights.tolist() == [4, 5, 0, 1, 2, 3]
+    assert micro.weight_sum == 15 and micro.kept == 5
     assert collate(examples, [0], 8, None)[0].weights is None
 
 
 def test_collate_covers_every_completion_token_once():
     examples = random_examples(37)
     order = torch.randperm(37).tolist()
-    for size in (1, 5, 64):
+    for size in (1, 60, 10_000):
         micros = collate(examples, order, size, np.arange(examples.completion_offsets[-1], dtype=np.float32))
         seen = torch.cat([micro.weights for micro in micros])
         assert sorted(seen.int().tolist()) == list(range(int(examples.completion_offsets[-1])))
-        assert [i for micro in micros for i in micro.examples.tolist()] == sorted(order, key=lambda i: (-examples.lengths[i], i))
+        assert [i for micro in micros for i in micro.indices] == sorted(order, key=lambda i: (-examples.lengths[i], i))
         for micro in micros:
-            flat, at = micro.input_ids.flatten(), 0
-            for row, (i, count) in enumerate(zip(micro.examples.tolist(), micro.sizes, strict=True)):
+            assert len(micro.input_ids) <= size or len(micro.indices) == 1
+            at, begin = 0, 0
+            for i, length, count in zip(micro.indices, micro.lengths, micro.sizes, strict=True):
                 ids, start = examples.ids(i).tolist(), int(examples.starts[i])
                 rows = micro.rows[at : at + count]
-                assert (rows // micro.input_ids.shape[1] == row).all()
-                assert flat[rows].tolist() == ids[start - 1 : -1] and micro.targets[at : at + count].tolist() == ids[start:]
+                span = slice(begin, begin + length)
+                assert micro.input_ids[span].tolist() == ids[:-1] and micro.examples[span].tolist() == [i] * length
+                assert (rows >= begin).all() and (rows < begin + length).all() and micro.input_ids[rows].tolist() == ids[start - 1 : -1]
+                assert len(rows) == count
+                assert micro.targets[at : at + count].tolist() == ids[start:]
                 assert micro.weights[at : at + count].int().tolist() == list(range(*examples.completion_offsets[i : i + 2]))
-                at += count
+                at, begin = at + count, begin + length
     moved = micros[0].to(torch.device("cpu"))
     assert torch.equal(moved.weights, micros[0].weights) and dataclasses.asdict(moved).keys() == dataclasses.asdict(micros[0]).keys()
 

@@ -8,13 +8,13 @@ import torch
 from tiny import random_examples, tiny_model, train_some
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+import train
 from data.batching import collate
 from lora import add_lora
 from lora.layers import lora_parameters
 from optim.masters import collect_gradients, make_masters, write_back
 from optim.schedule import lr_factor
 from study.errors import LetheError
-from train import fit
 
 EXAMPLES = random_examples(12)
 TOTAL = int(EXAMPLES.completion_offsets[-1])
@@ -32,8 +32,13 @@ def adamw(lr=1e-2):
     return lambda parameters: [torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)]
 
 
-def batches(weights=WEIGHTS, size=4, indices=range(12)):
-    return lambda step: collate(EXAMPLES, list(indices), size, weights)
+def batches(weights=WEIGHTS, indices=range(12)):
+    return lambda step, micro_tokens: collate(EXAMPLES, list(indices), micro_tokens, weights)
+
+
+def fit(*arguments, micro_tokens=100, **settings):
+    """In passes of at most 100 tokens: three of them a step."""
+    return train.fit(*arguments, micro_tokens=micro_tokens, **settings)
 
 
 def values(model):
@@ -120,8 +125,8 @@ def test_clipping(tmp_path):
 def test_a_step_with_nothing_kept_is_skipped(tmp_path):
     nothing = np.zeros_like(WEIGHTS)
 
-    def now_and_then(step):
-        return collate(EXAMPLES, list(range(12)), 4, WEIGHTS if step == 1 else nothing)
+    def now_and_then(step, micro_tokens):
+        return collate(EXAMPLES, list(range(12)), micro_tokens, WEIGHTS if step == 1 else nothing)
 
     model = subject(tmp_path)
     before = values(model)
@@ -158,8 +163,8 @@ def test_weights_from_the_steps_own_losses(tmp_path):
 
 
 def test_float16_overflow_is_skipped_and_training_goes_on(tmp_path):
-    def one_wild_step(step):
-        return collate(EXAMPLES, list(range(12)), 4, WEIGHTS * (1e4 if step == 1 else 1.0))
+    def one_wild_step(step, micro_tokens):
+        return collate(EXAMPLES, list(range(12)), micro_tokens, WEIGHTS * (1e4 if step == 1 else 1.0))
 
     model = subject(tmp_path, torch.float16)
     seen, outcomes, losses = [values(model)], [], []
@@ -183,11 +188,12 @@ def test_low_precision_learns_like_float32(tmp_path, dtype):
 
 def test_nan_is_an_error_that_names_the_step(tmp_path):
     model = subject(tmp_path)
-    steps = fit(model, lora_parameters(model), adamw(), batches(size=12), 3)
+    steps = fit(model, lora_parameters(model), adamw(), batches(), 3)
     next(steps)
     lora_parameters(model)[0].data[0, 0] = math.nan
+    step = next(steps)  # a step does not wait for the device: its loss is read when it is asked for
     with pytest.raises(LetheError, match=r"the loss is nan at step 1 \(examples \[.*\] …\); lower --learning_rate"):
-        next(steps)
+        step.loss  # noqa: B018
 
 
 def test_dropout_is_on_while_training(tmp_path):

@@ -11,8 +11,9 @@ from tiny import random_examples, random_weights, raw_config, tiny_model, train_
 from transformers import LlamaForCausalLM
 
 from data.batching import collate
+from kernels.low_rank import drop
 from lora import add_lora, load_adapter, merge_adapter, save_adapter
-from lora.layers import drop, dropout_keys, dropout_rows, lora_layers, lora_parameters, merged, remove_lora, target_names
+from lora.layers import dropout_keys, lora_layers, lora_parameters, merged, remove_lora, target_names
 from lora.merge import main as merge_main
 from lora.merge import merge
 from model import load_model
@@ -251,7 +252,7 @@ def test_merged_restores_bit_for_bit(tmp_path, dtype):
         raise RuntimeError("inside")
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    assert torch.equal(logits(model), expected) and len(lora_parameters(model)) == 28 and model.fingerprint == fingerprint
+    assert torch.equal(logits(model), expected) and len(lora_layers(model)) == 14 and model.fingerprint == fingerprint
 
 
 def test_merged_keeps_the_mode_set_inside(tmp_path):
@@ -307,7 +308,7 @@ def test_merge_command(tmp_path, capsys, dtype):
     theirs = LlamaForCausalLM.from_pretrained(out)
     assert theirs.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
     if dtype == "auto":
-        torch.testing.assert_close(logits(theirs.eval()), logits(model), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(theirs.eval()), logits(model), rtol=1e-5, atol=3e-5)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     capsys.readouterr()
@@ -327,13 +328,18 @@ def test_merge_refusals(tmp_path):
 # Starting values and dropout
 
 
+def keys_of(seed, step, examples, length):
+    """Row keys of examples that are `length` tokens long each."""
+    return dropout_keys(seed, step, examples.repeat_interleave(length), torch.arange(length).repeat(len(examples)))
+
+
 def test_starting_values_are_pefts(tmp_path):
     model = tiny_model(tmp_path / "base", hidden_size=128, intermediate_size=256, head_dim=32)
     add_lora(model, 64, 64.0, generator=torch.Generator().manual_seed(0))
     theirs = dict(get_peft_model(peer(tmp_path / "base"), LoraConfig(r=64, target_modules=EVERY)).named_parameters())
     for name, layer in lora_layers(model).items():
         other = theirs[f"base_model.model.{name}.lora_A.default.weight"]
-        bound = 1 / math.sqrt(layer.in_features)
+        bound = 1 / math.sqrt(layer.linear.in_features)
         assert layer.lora_A.abs().max() <= bound and other.abs().max() <= bound
         assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
         assert other.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
@@ -346,7 +352,7 @@ def test_starting_values_are_pefts(tmp_path):
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_statistics(p):
     rows, columns = 2048, 512
-    keys = dropout_keys(0, 5, torch.arange(32), rows // 32)
+    keys = keys_of(0, 5, torch.arange(32), rows // 32)
     x = torch.ones(rows, columns)
     masks = [drop(x, p, keys, salt) for salt in (1, 2, 3, 225)]
     spread = math.sqrt(p / (1 - p))  # of an element, whose mean is 1
@@ -369,30 +375,26 @@ def test_dropout_statistics(p):
 
 def test_dropout_is_a_function_of_its_key(tmp_path):
     x, examples = torch.randn(20, 16), torch.tensor([4, 8])
-    keys = dropout_keys(1, 2, examples, 10)
+    keys = keys_of(1, 2, examples, 10)
     assert torch.equal(drop(x, 0.3, keys, 1), drop(x, 0.3, keys, 1))
-    others = [dropout_keys(2, 2, examples, 10), dropout_keys(1, 3, examples, 10), dropout_keys(1, 2, examples + 1, 10)]
+    others = [keys_of(2, 2, examples, 10), keys_of(1, 3, examples, 10), keys_of(1, 2, examples + 1, 10)]
     assert not any((keys == other).any() for other in others) and len(keys.unique()) == 20
-    # Longer padding and another place in the batch leave an example's keys alone.
-    longer = dropout_keys(1, 2, torch.tensor([7, 8, 4]), 25).view(3, 25)
+    # Another length and another place in the pack leave an example's keys alone.
+    longer = keys_of(1, 2, torch.tensor([7, 8, 4]), 25).view(3, 25)
     assert torch.equal(longer[2, :10], keys.view(2, 10)[0]) and torch.equal(longer[1, :10], keys.view(2, 10)[1])
     model = tiny_model(tmp_path)
     add_lora(model, 4, 4.0, dropout=0.5)
-    layer = next(iter(lora_layers(model.train()).values()))
-    torch.nn.init.normal_(layer.lora_B)
-    state = torch.randn(2, 3, layer.in_features)
-    assert not torch.equal(layer(state), layer(state))  # without keys: torch's generator
-    assert dropout_keys(2**40 + 3, 10**6, torch.tensor([10**9]), 3).dtype == torch.int32
+    train_some(model.train())
+    assert not torch.equal(logits(model), logits(model))  # without keys: torch's generator
+    assert keys_of(2**40 + 3, 10**6, torch.tensor([10**9]), 3).dtype == torch.int32
 
 
 def test_no_dropout_is_bit_equal(tmp_path):
     model = trained(tmp_path)
     expected = logits(model)
     model.train()
-    with dropout_rows(model, dropout_keys(0, 0, torch.arange(3), 30)):
-        assert torch.equal(logits(model), expected)
-    for layer in lora_layers(model).values():
-        layer.dropout = 0.4
+    assert torch.equal(logits(model), expected)
+    model.adapter.dropout = 0.4
     assert not torch.equal(logits(model), expected)
     model.eval()
     assert torch.equal(logits(model), expected)
@@ -406,7 +408,8 @@ def gradients(model, micros, seed=0):
         def step(self, closure=None):
             found.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
 
-    (step,) = fit(model, lora_parameters(model), lambda p: [Spy(p, lr=0.1)], lambda _: micros, 1, max_grad_norm=0, seed=seed)
+    settings = {"micro_tokens": 1, "max_grad_norm": 0, "seed": seed}
+    (step,) = fit(model, lora_parameters(model), lambda p: [Spy(p, lr=0.1)], lambda *_: micros, 1, **settings)
     return step, found
 
 
@@ -417,11 +420,11 @@ def test_a_step_does_not_depend_on_its_split(tmp_path, saving):
     examples = random_examples(16)
     weights = torch.rand(int(examples.completion_offsets[-1]), generator=torch.Generator().manual_seed(2))
     weights = (weights * (weights > 0.3)).numpy()
-    results = [gradients(model, collate(examples, list(range(16)), size, weights)) for size in (16, 4, 1)]
+    results = [gradients(model, collate(examples, list(range(16)), size, weights)) for size in (10_000, 150, 1)]
     first, expected = results[0]
     for step, found in results[1:]:
         assert step.loss == pytest.approx(first.loss, rel=1e-6) and step.kept == first.kept and step.tokens == first.tokens
         for one, other in zip(expected, found, strict=True):
             assert (one - other).norm() <= 1e-6 * one.norm()
-    _, another = gradients(model, collate(examples, list(range(16)), 16, weights), seed=1)
+    _, another = gradients(model, collate(examples, list(range(16)), 10_000, weights), seed=1)
     assert (expected[0] - another[0]).norm() > 0.01 * expected[0].norm()  # dropout did act

@@ -10,11 +10,10 @@ import torch
 from tiny import random_examples, tiny_model, train_some
 
 from data.batching import Examples, collate
-from kernels import linear_nll
 from lora import add_lora
 from masking import token_weights
 from masking.inspect import MaskedToken, as_page, dropped_line, heat, in_terminal, masked_example, masked_markdown
-from masking.score import dataset_weights, example_weights, score_examples
+from masking.score import dataset_weights, example_weights, micro_nll, score_examples
 from masking.weights import policies, windows
 from model import load_tokenizer
 from study.errors import LetheError
@@ -223,21 +222,21 @@ def test_nll_belongs_to_its_token(model):
     """Tokens t0..t4 with a prompt of two: t2, t3, t4 carry the losses that the logits at 1, 2, 3 give them."""
     model.eval()
     tokens = [5, 6, 7, 8, 9]
-    (micro,) = collate(Examples.from_pairs([(tokens[:2], tokens[2:])]), [0], 1, None)
+    (micro,) = collate(Examples.from_pairs([(tokens[:2], tokens[2:])]), [0], 100, None)
     assert micro.rows.tolist() == [1, 2, 3] and micro.targets.tolist() == [7, 8, 9]
-    nll = linear_nll(model.hidden(micro.input_ids, rows=micro.rows), model.head_weight, micro.targets)
+    nll = micro_nll(model, micro)
     logp = model(torch.tensor([tokens]))[0].log_softmax(-1)
     torch.testing.assert_close(nll, torch.stack([-logp[1, 7], -logp[2, 8], -logp[3, 9]]))
 
 
 def test_scores_equal_one_by_one(model, examples, tmp_path):
     model.train()
-    scores = score_examples(model, examples, "x", tmp_path, batch_size=5)
+    scores = score_examples(model, examples, "x", tmp_path, micro_tokens=30)
     assert model.training and all(module.training for module in model.modules())
     model.eval()
     assert scores.dtype == np.float32 and scores.shape == (examples.completion_offsets[-1],)
     np.testing.assert_allclose(scores, one_by_one(model, examples), rtol=1e-5, atol=1e-5)
-    again = score_examples(model, examples, "y", tmp_path, batch_size=64)
+    again = score_examples(model, examples, "y", tmp_path, micro_tokens=900)
     np.testing.assert_allclose(scores, again, rtol=1e-5, atol=1e-5)
 
 
@@ -254,18 +253,21 @@ def counting(model, monkeypatch):
 
 def test_scores_are_cached_by_content(model, examples, tmp_path, monkeypatch):
     calls, heard = counting(model, monkeypatch), []
-    scores = score_examples(model, examples, "base", tmp_path, batch_size=8, progress=heard.append)
-    assert calls == [8, 8, 7] == heard
-    assert np.array_equal(score_examples(model, examples, "base", tmp_path), scores) and len(calls) == 3
+    scores = score_examples(model, examples, "base", tmp_path, micro_tokens=150, progress=heard.append)
+    passes = len(calls)
+    assert sum(heard) == 23 and passes == len(heard) >= 3 and max(calls) <= 150 and sum(calls) == len(examples.flat) - 23
+    assert np.array_equal(score_examples(model, examples, "base", tmp_path), scores) and len(calls) == passes
     assert [file.suffix for file in tmp_path.glob("*.*")] == [".safetensors"]
     # Another reference, other data and another dtype are scored anew.
     score_examples(model, examples, "another", tmp_path)
     score_examples(model, random_examples(23, seed=4), "base", tmp_path)
-    assert len(calls) == 5 and len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert len(calls) == passes + 2 and len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
 def test_scoring_goes_on_where_it_stopped(model, examples, tmp_path, monkeypatch):
-    expected = score_examples(model, examples, "base", tmp_path / "whole", batch_size=8)
+    heard = []
+    expected = score_examples(model, examples, "base", tmp_path / "whole", micro_tokens=150, progress=heard.append)
+    passes = len(heard)
 
     def stop_after_two(n, seen=[]):  # noqa: B006
         seen.append(n)
@@ -274,18 +276,18 @@ def test_scoring_goes_on_where_it_stopped(model, examples, tmp_path, monkeypatch
 
     model.train()
     with pytest.raises(KeyboardInterrupt):
-        score_examples(model, examples, "base", tmp_path / "cut", batch_size=8, progress=stop_after_two)
+        score_examples(model, examples, "base", tmp_path / "cut", micro_tokens=150, progress=stop_after_two)
     assert model.training
     (left,) = (tmp_path / "cut").iterdir()
     assert left.suffix == ".partial"
     calls = counting(model, monkeypatch)
-    assert np.array_equal(score_examples(model, examples, "base", tmp_path / "cut", batch_size=8), expected)
-    assert calls == [7]
+    assert np.array_equal(score_examples(model, examples, "base", tmp_path / "cut", micro_tokens=150), expected)
+    assert len(calls) == passes - 2
     # A leftover of the wrong size counts for nothing.
     (file,) = (tmp_path / "cut").glob("*.safetensors")
     file.with_suffix(".partial").write_bytes(b"short")
     file.unlink()
-    assert np.array_equal(score_examples(model, examples, "base", tmp_path / "cut", batch_size=8), expected)
+    assert np.array_equal(score_examples(model, examples, "base", tmp_path / "cut", micro_tokens=150), expected)
 
 
 def test_scores_of_other_tokens_are_refused(model, examples, tmp_path):

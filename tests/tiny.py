@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from data.batching import Examples
 from model import Llama, load_model
 from model.checkpoint import NANO
-from model.llama import LlamaConfig
+from model.config import LlamaConfig
 
 VOCABULARY = 97
 BASE = {

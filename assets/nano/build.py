@@ -77,7 +77,7 @@ def pack_corpus(tokenizer: Tokenizer, tokens: int, seed: int) -> np.ndarray:
     return np.frombuffer(stream, dtype=np.uint16)[:target].reshape(-1, ROW)
 
 
-def pretrain(model: Llama, rows: np.ndarray, compile_model: bool = False) -> float:
+def pretrain(model: Llama, rows: np.ndarray) -> float:
     """One pass over the rows (N, ROW) in order through train.fit, ROWS_PER_STEP a step; returns the mean loss of the last 20.
 
     Matrices: torch.optim.Muon at 8e-3 (scale match_rms_adamw); embedding and norms: AdamW at 3e-3. Clip 1.0, warm-up of
@@ -85,8 +85,6 @@ def pretrain(model: Llama, rows: np.ndarray, compile_model: bool = False) -> flo
     """
     steps = len(rows) // ROWS_PER_STEP
     model.to(torch.bfloat16).requires_grad_(True)
-    if compile_model:
-        model.hidden = torch.compile(model.hidden, dynamic=False)
     names = [name for name, _ in model.named_parameters()]
 
     def optimizers(masters: list[torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -97,15 +95,17 @@ def pretrain(model: Llama, rows: np.ndarray, compile_model: bool = False) -> flo
             torch.optim.AdamW([w for w, m in zip(masters, matrix, strict=True) if not m], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
         ]
 
-    def batches(step: int) -> list[Micro]:
+    def batches(step: int, micro_tokens: int) -> list[Micro]:
         """Every token but a row's first is predicted from those before it."""
         batch = torch.from_numpy(rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP].astype(np.int64))  # (16, ROW)
-        targets = batch[:, 1:].reshape(-1)
-        return [Micro(batch[:, :-1], torch.arange(len(batch)), torch.arange(len(targets)), targets,
-                      [ROW - 1] * len(batch), batch.numel(), torch.ones(len(targets)))]  # fmt: skip
+        targets, chosen = batch[:, 1:].reshape(-1), list(range(len(batch)))
+        return [Micro(batch[:, :-1].reshape(-1), [ROW - 1] * len(batch), torch.arange(len(batch)).repeat_interleave(ROW - 1),
+                      torch.arange(len(targets)), targets, [ROW - 1] * len(batch), chosen, torch.ones(len(targets)),
+                      float(len(targets)), len(targets))]  # fmt: skip
 
     losses, start = [], time.time()
-    for step in fit(model, list(model.parameters()), optimizers, batches, steps, floor=0.05, warmup=min(50, max(1, steps // 10))):
+    schedule = {"floor": 0.05, "warmup": min(50, max(1, steps // 10))}
+    for step in fit(model, list(model.parameters()), optimizers, batches, steps, micro_tokens=ROW * ROWS_PER_STEP, **schedule):
         losses.append(step.loss)
         number = step.number + 1
         if number % 20 == 0 or number == steps:
@@ -152,7 +152,7 @@ Rebuild: `python -m assets.nano.build --out DIR --tokens {tokens} --seed {seed}`
 """, encoding="utf-8")
 
 
-def build(out: Path, tokens: int, seed: int, compile_model: bool = False) -> float:
+def build(out: Path, tokens: int, seed: int) -> float:
     """The whole of it; returns the last loss."""
     start = time.time()
     tokenizer = train_tokenizer(islice(documents(seed), min(40_000, max(2_000, tokens // 50))))
@@ -160,7 +160,7 @@ def build(out: Path, tokens: int, seed: int, compile_model: bool = False) -> flo
     print(f"corpus: {rows.size:,} tokens in {len(rows):,} rows of {ROW}, {time.time() - start:.0f} s", flush=True)
     model = Llama(LlamaConfig.from_dict(CONFIG))
     model.init_weights(torch.Generator().manual_seed(seed))
-    loss = pretrain(model, rows, compile_model)
+    loss = pretrain(model, rows)
     write_folder(out, model, tokenizer)
     write_card(out, model, rows.size, seed, loss, (time.time() - start) / 60)
     size = os.path.getsize(out / "model.safetensors")
@@ -173,9 +173,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/nano"), help="folder to write")
     parser.add_argument("--tokens", type=lambda text: int(text.replace("_", "")), default=10_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="use torch.compile: faster on long runs, needs g++")
     arguments = parser.parse_args()
-    build(arguments.out, arguments.tokens, arguments.seed, arguments.compile)
+    build(arguments.out, arguments.tokens, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Dropout masks that are stored nowhere: whether an element survives is a hash of (row key, salt, column).
+
+    hash = (row word ^ column word) * MULTIPLIER, with row word = mix(row key ^ salt * 0x9E3779B1), column word = mix(column + 1)
+    dropped are the n = p * 2^32 values  LAST - n < hash <= LAST  (mod 2^32)
+
+The words are hashed per row and per column, an element costs one xor and one product. The backward pass makes the mask again,
+and so does Triton, bit for bit.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MULTIPLIER = -1640531535  # 0x9E3779B1, Knuth's. xor joins two well-mixed words, the odd factor breaks its linearity
+LAST = -(1 << 23)  # the highest hash, as int32, that is dropped; above it lie the NaNs, see masked_
+
+
+class Span(NamedTuple):
+    """Rows start to stop of a stacked A: one projection, whose masks differ from the others' by the salt."""
+
+    start: int
+    stop: int
+    salt: int
+
+
+def drop(x: Tensor, p: float, row_keys: Tensor | None, salt: int) -> Tensor:
+    """Inverted dropout of x (M, N): element (row, column) survives if a hash of (row key, salt, column) says so.
+
+    row_keys (M,) int32. The same keys and salt give the same mask to whatever x. p = 0 gives x itself.
+    """
+    if not p:
+        return x
+    hashes = (row_words(row_keys, salt)[:, None] ^ column_words(x.shape[1], x.device)).mul_(MULTIPLIER)
+    return torch.where(kept(hashes, p), x, 0.0).mul_(1 / (1 - p))
+
+
+def row_words(row_keys: Tensor, salt: int) -> Tensor:
+    """(M,) int32."""
+    return mix(row_keys ^ to_int32(salt * 0x9E3779B1))
+
+
+def column_words(columns: int, device: torch.device) -> Tensor:
+    """(columns,) int32."""
+    return mix(torch.arange(1, columns + 1, dtype=torch.int32, device=device))
+
+
+def dropped_hashes(p: float) -> int:
+    """How many of the 2^32 hashes are dropped."""
+    return max(1, min(int(p * 2**32), 2**32 - 1))
+
+
+def mix(x: Tensor) -> Tensor:
+    """A full-avalanche hash of int32 values (the finaliser of MurmurHash3), wrapping as int32 does."""
+    for shift, factor in ((16, -2048144789), (13, -1028477387), (16, 1)):
+        x = (x ^ ((x >> shift) & (0x7FFFFFFF >> (shift - 1)))) * factor  # logical shift, since int32 is signed
+    return x
+
+
+def to_int32(value: int) -> int:
+    """value modulo 2^32 as int32 has it."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def kept(hashes: Tensor, p: float) -> Tensor:
+    """Which elements survive, bool."""
+    n = dropped_hashes(p)
+    return hashes + to_int32(n - 1 - LAST - 2**31) >= to_int32(n - 2**31)
+
+
+def masked_(hashes: Tensor, x: Tensor, p: float) -> Tensor:
+    """x (m, K) with zeros where its hashes (m, K) say so, in float32 or x's wider dtype. It may lie in the memory of hashes.
+
+    A comparison and a selection are one pass each, the selection a slow one. But as the bits of floats the dropped
+    hashes are just those up to some negative number: LAST is minus infinity, what lies above it is NaN and never
+    compares. So the backward of a threshold, which PyTorch has as one vectorised pass, is the whole of it.
+    """
+    n, wide = dropped_hashes(p), torch.promote_types(x.dtype, torch.float32)
+    if n > 2**31 + LAST:  # p beyond 0.498: more than the negative numbers
+        return torch.where(kept(hashes, p), x, 0.0).to(wide)
+    threshold = struct.unpack("f", struct.pack("i", LAST - n + 1))[0]
+    as_floats = hashes.view(torch.float32)
+    if x.dtype == torch.float64:
+        return torch.ops.aten.threshold_backward(x, as_floats.double(), threshold)
+    return torch.ops.aten.threshold_backward.grad_input(x, as_floats, threshold, grad_input=as_floats)

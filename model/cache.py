@@ -1,0 +1,86 @@
+"""The key-value cache of generation, and what a token of a prompt or a new token sees of it.
+
+    cache = KVCache(config, slots=64, room=512, dtype, device)    # one sequence a slot, each of at most `room` tokens
+    model.hidden(packed_prompts, Prefill(cache, slots, lengths))  # whole prompts, into any slots
+    model.hidden(tokens, Decode(cache, 8))                        # one token for each of the first 8 slots
+
+Nothing here moves or grows: a CUDA graph may hold the addresses.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from kernels.decode_attention import append_token, decode_attention, length_mask
+from model.attention import Pack
+from model.config import LlamaConfig, rotary_phases
+
+
+class KVCache:
+    """Keys and values of every layer, (layers, slots, kv, room, D) each, and how many tokens each slot holds.
+
+    Whatever lies behind a slot's length is never read, so nothing is ever cleared.
+    """
+
+    def __init__(self, config: LlamaConfig, slots: int, room: int, dtype: torch.dtype, device: torch.device | str):
+        self.config, self.slots, self.room = config, slots, room
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, room, config.head_dim)
+        # Zeros and not whatever lay there: the masked slots that CPU attention multiplies by 0 must not be NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.ones(slots, dtype=torch.long, device=device)  # (slots,) at least 1, also where nothing runs
+        self.cos, self.sin = rotary_phases(config, torch.arange(room, device=device))  # (room, D / 2)
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copies slots (n,) to others; no slot is both."""
+        for block in (*self.keys, *self.values):  # a layer at a time: the copy on the way is small
+            block[targets] = block[sources]
+        self.lengths[targets] = self.lengths[sources]
+
+
+class Prefill(Pack):
+    """The sight of examples one behind the other whose first `kept` tokens go into slots of a cache."""
+
+    def __init__(self, cache: KVCache, slots: list[int], lengths: list[int], kept: list[int] | None = None):
+        super().__init__(lengths, cache.config, cache.lengths.device)
+        self.cache, kept = cache, kept or lengths
+        device = cache.lengths.device
+        self.slot = torch.tensor(slots).repeat_interleave(torch.tensor(kept)).to(device, non_blocking=True)  # (K,)
+        self.place = torch.cat([torch.arange(n) for n in kept]).to(device, non_blocking=True)  # (K,)
+        self.chosen = None  # (K,) which of the T tokens are kept, if not all
+        if kept != lengths:
+            starts = [0, *accumulate(lengths)]
+            self.chosen = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, kept, strict=False)]).to(device, non_blocking=True)
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        _, key, value = self.split(qkv)
+        if self.chosen is not None:
+            key, value = key[self.chosen], value[self.chosen]
+        self.cache.keys[layer][self.slot, :, self.place] = key
+        self.cache.values[layer][self.slot, :, self.place] = value
+        return super().attend(layer, qkv)
+
+
+class Decode:
+    """The sight of one new token for each of the first `slots` slots: it becomes the last of the slot's `lengths` tokens.
+
+    seen: how many of each slot's places the attention walks over, at least the longest length. Triton reads what is there
+    whatever it is; on CPU a smaller one is less work.
+    """
+
+    def __init__(self, cache: KVCache, slots: int, seen: int | None = None):
+        self.cache, self.slots, self.seen = cache, slots, seen or cache.room
+        self.heads, self.kv_heads = cache.config.num_attention_heads, cache.config.num_key_value_heads
+        self.lengths = cache.lengths[:slots]
+        self.cos, self.sin = cache.cos[self.lengths - 1], cache.sin[self.lengths - 1]  # (slots, D / 2)
+        self.mask = None if self.lengths.is_cuda else length_mask(self.lengths, self.seen)  # one for all layers
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        heads = qkv.view(self.slots, -1, self.cache.config.head_dim)
+        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        keys, values = self.cache.keys[layer, : self.slots, :, : self.seen], self.cache.values[layer, : self.slots, :, : self.seen]
+        append_token(key, value, keys, values, self.lengths)
+        return decode_attention(query, keys, values, self.lengths, self.mask).view(self.slots, -1)
