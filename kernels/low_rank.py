@@ -1,7 +1,8 @@
 """The thin products of LoRA (arXiv 2106.09685) on inputs whose dropout mask is stored nowhere.
 
 The projections that read one input stack their A (R, K); each span of its rows has a salt, that is a mask, of its own, as
-PEFT draws one per projection (the masks: dropout.py). M rows of x, K columns; 1 / (1 - p) goes into the thin side, so x is only ever masked.
+PEFT draws one per projection (the masks: dropout.py). M rows of x, K columns. The factor 1 / (1 - p) goes into the thin
+side, so x is only ever masked.
 
 On CPU the work is done in blocks of rows that stay in the cache. On CUDA it is Triton's, with the same masks bit for bit;
 without dropout it is one product of PyTorch's on either.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import use_triton
-from kernels.dropout import MULTIPLIER, Span, column_words, drop, masked_, mix, row_words, to_int32
+from kernels.dropout import Span, column_words, drop, masked_, mix, row_words, to_int32
 
 __all__ = ["Span", "drop", "mix", "thin", "thin_grad_A", "thin_grad_x_", "to_int32"]
 
@@ -64,9 +65,12 @@ def thin_grad_x_(grad_x: Tensor, grad_thin: Tensor, A: Tensor, spans: list[Span]
         return
     A, grad_thin = A.to(_wide(grad_x)), grad_thin.to(_wide(grad_x)) / (1 - p)
     products = torch.empty(_rows(grad_x.shape), A.shape[1], dtype=A.dtype)
+    total = grad_x.to(A.dtype)  # grad_x itself, where it is wide already; else it is rounded once for all spans
     for rows, span, hashes in _hashes(grad_x.shape, spans, row_keys):
         product = torch.mm(grad_thin[rows, span], A[span], out=products[: len(hashes)])
-        grad_x[rows].add_(masked_(hashes, product, p))
+        total[rows].add_(masked_(hashes, product, p))
+    if total is not grad_x:
+        grad_x.copy_(total)
 
 
 def _hashes(shape: torch.Size, spans: list[Span], row_keys: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -79,7 +83,7 @@ def _hashes(shape: torch.Size, spans: list[Span], row_keys: Tensor) -> Iterator[
         rows = slice(start, min(start + step, shape[0]))
         hashes = memory[: rows.stop - start]
         for span, word in zip(spans, words, strict=True):
-            torch.bitwise_xor(word[rows], columns, out=hashes).mul_(MULTIPLIER)
+            torch.mul(word[rows], columns, out=hashes)
             yield rows, slice(span.start, span.stop), hashes
 
 

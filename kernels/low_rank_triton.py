@@ -38,13 +38,13 @@ def pick(i, a, b, c, d):
 @triton.jit
 def kept(words, column, shift, bound):
     """Which elements survive (rows, columns): words (rows, 1) uint32 are those of dropout.row_words, column (1, columns) int32."""
-    hashes = (words ^ mix((column + 1).to(tl.uint32))) * 0x9E3779B1
+    hashes = words * (mix((column + 1).to(tl.uint32)) | 1)
     return (hashes.to(tl.int32, bitcast=True) + shift) >= bound
 
 
 @triton.jit
 def row_words(keys_ptr, row, inside, salt):
-    return mix((tl.load(keys_ptr + row, mask=inside, other=0) ^ salt).to(tl.uint32, bitcast=True))
+    return mix((tl.load(keys_ptr + row, mask=inside, other=0) ^ salt).to(tl.uint32, bitcast=True)) | 1
 
 
 @triton.jit(do_not_specialize=VARIES)

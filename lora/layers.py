@@ -190,12 +190,12 @@ def merge_adapter(model: Llama) -> None:
 def merged(model: Llama) -> Iterator[None]:
     """Within it the model runs with its adapters merged; afterwards weights and adapters are back, bit for bit."""
     adapter, fingerprint = model.adapter, model.fingerprint
-    kept = [(p.linear.weight.data, p.linear.weight.data.clone()) for p in lora_layers(model).values()]
+    kept = [(p.linear, p.linear.weight.detach().clone()) for p in lora_layers(model).values()]
     merge_adapter(model)
     try:
         yield
     finally:
-        for weight, before in kept:
-            weight.copy_(before)
+        for linear, before in kept:
+            linear.weight.data.copy_(before)
         if adapter is not None:
             model.fingerprint, model.adapter = fingerprint, adapter.train(model.training)

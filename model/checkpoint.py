@@ -141,6 +141,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     # By name, so that it does not matter how the weights are cut into files.
     content = json.dumps(config.__dict__, sort_keys=True).encode() + b"".join(samples[name] for name in sorted(samples))
     model.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+    model.join()
     return model.eval()
 
 

@@ -147,6 +147,12 @@ class Llama(nn.Module):
             else:
                 parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
 
+    def join(self) -> None:
+        """Joins the weights that are multiplied as one, so that their memory no longer moves. Otherwise the first pass does."""
+        for layer in self.model.layers:
+            for group in GROUPS:
+                (layer.self_attn if group in ("qkv", "o") else layer.mlp).joined(group)
+
     def hidden(
         self, input_ids: Tensor, sight: Pack | None = None, rows: Tensor | None = None, row_keys: Tensor | None = None
     ) -> Tensor:

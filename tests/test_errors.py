@@ -33,7 +33,7 @@ def test_one_line(error, status, words, capsys):
 def test_out_of_memory_names_the_flags(capsys):
     assert run_command(raising(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"))) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--batch_size" in err and "--gradient_checkpointing" in err
+    assert err.count("\n") == 1 and "--max_length" in err and "--gradient_checkpointing" in err
 
 
 def test_a_defect_is_not_hidden():

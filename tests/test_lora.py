@@ -255,6 +255,18 @@ def test_merged_restores_bit_for_bit(tmp_path, dtype):
     assert torch.equal(logits(model), expected) and len(lora_layers(model)) == 14 and model.fingerprint == fingerprint
 
 
+def test_merged_on_a_model_that_has_not_run_yet(tmp_path):
+    """The first pass joins the weights of q, k, v into new memory: what comes back must come back there."""
+    save_adapter(trained(tmp_path / "base"), tmp_path / "adapter")
+    expected = logits(load_model(tmp_path / "base"))
+    model = load_model(tmp_path / "base")
+    load_adapter(model, tmp_path / "adapter")
+    with merged(model):
+        assert not torch.equal(logits(model), expected)
+    remove_lora(model)
+    assert torch.equal(logits(model), expected)
+
+
 def test_merged_keeps_the_mode_set_inside(tmp_path):
     model = trained(tmp_path, dropout=0.5)
     model.train()

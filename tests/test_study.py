@@ -528,7 +528,7 @@ def test_out_of_memory(tiny, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "fit", too_much)
     told = one_line(words(tiny, tmp_path / "out"), capsys)
-    assert "Tried to allocate 9 GiB" in told and "halve --batch_size and double --gradient_accumulation" in told
+    assert "Tried to allocate 9 GiB" in told and "add --gradient_checkpointing, lower --max_length" in told
 
 
 def test_several_processes_are_refused(tiny, tmp_path, capsys, monkeypatch):
