@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.records import Record, Report
+from kernels.dispatch import to_device
 from model.tokenizer import Tokenizer
 from study.errors import LetheError
 from study.folder import write_json
@@ -88,11 +89,6 @@ class Micro:
     def to(self, device: torch.device) -> Micro:
         moved = {name: to_device(getattr(self, name), device) for name in ("input_ids", "examples", "rows", "targets")}
         return replace(self, **moved, weights=None if self.weights is None else to_device(self.weights, device))
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Sends a tensor without waiting for what the device is doing, which needs pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def tokenize(

@@ -34,15 +34,13 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tenso
     return _attend_torch(query, keys, values, length_mask(lengths, keys.shape[2]) if mask is None else mask)
 
 
-def append_token(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
-    """Writes each sequence's new key and value (B, kv, D) as the last of its lengths[b] slots of keys and values (B, kv, S, D)."""
-    if use_triton(key):
+def append_token(new: Tensor, cache: Tensor, lengths: Tensor) -> None:
+    """Writes new (B, n, D), a token's keys and values of each sequence, as the last of its lengths[b] slots of cache (B, n, S, D)."""
+    if use_triton(new):
         from kernels import decode_attention_triton
 
-        return decode_attention_triton.append(key, value, keys, values, lengths)
-    row = torch.arange(len(key), device=key.device)
-    keys[row, :, lengths - 1] = key
-    values[row, :, lengths - 1] = value
+        return decode_attention_triton.append(new, cache, lengths)
+    cache[torch.arange(len(new), device=new.device), :, lengths - 1] = new
 
 
 def length_mask(lengths: Tensor, slots: int) -> Tensor:

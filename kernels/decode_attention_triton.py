@@ -3,7 +3,7 @@
 part_kernel: one program for each (sequence, key-value head, part of the slots); it walks its part in blocks with the online
 softmax of arXiv 1805.02867, all heads of the group at once as the rows of a matrix product (padded to the 16 that one
 needs), and leaves the normalised sum and the logarithm of its softmax's denominator. join_kernel: one program a head;
-weighs the parts by these. With one part there is nothing to join. append_kernel writes a new key and value.
+weighs the parts by these. With one part there is nothing to join. append_kernel writes a token's keys and values.
 Sums are float32, whatever the cache holds.
 """
 
@@ -95,18 +95,14 @@ def join_kernel(
 
 @triton.jit
 def append_kernel(
-    key_ptr, value_ptr, keys_ptr, values_ptr, lengths_ptr, key_row, value_row,
-    keys_row, keys_head, keys_slot, values_row, values_head, values_slot,
-    KV: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    new_ptr, cache_ptr, lengths_ptr, new_row, cache_row, cache_head, cache_slot, N: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr
+):
     pair = tl.program_id(0).to(tl.int64)
-    row, head = pair // KV, pair % KV
+    row, head = pair // N, pair % N
     slot = tl.load(lengths_ptr + row).to(tl.int64) - 1
     column = tl.arange(0, COLUMNS)
-    key = tl.load(key_ptr + row * key_row + head * D + column, mask=column < D)
-    value = tl.load(value_ptr + row * value_row + head * D + column, mask=column < D)
-    tl.store(keys_ptr + row * keys_row + head * keys_head + slot * keys_slot + column, key, mask=column < D)
-    tl.store(values_ptr + row * values_row + head * values_head + slot * values_slot + column, value, mask=column < D)
+    new = tl.load(new_ptr + row * new_row + head * D + column, mask=column < D)
+    tl.store(cache_ptr + row * cache_row + head * cache_head + slot * cache_slot + column, new, mask=column < D)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, parts: int | None = None) -> Tensor:
@@ -138,15 +134,14 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, parts: 
     return out
 
 
-def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+def append(new: Tensor, cache: Tensor, lengths: Tensor) -> None:
     """See append_token."""
-    B, kv, D = key.shape
-    key, value = _rows_of_heads(key), _rows_of_heads(value)
-    if keys.stride(3) != 1 or values.stride(3) != 1:
+    B, N, D = new.shape
+    if cache.stride(3) != 1:
         raise ValueError("the cache's last dimension must be dense")  # a copy would be written to, and lost
-    append_kernel[(B * kv,)](
-        key, value, keys, values, lengths, key.stride(0), value.stride(0), *keys.stride()[:3], *values.stride()[:3],
-        KV=kv, D=D, COLUMNS=triton.next_power_of_2(D), num_warps=1,
+    new = _rows_of_heads(new)
+    append_kernel[(B * N,)](
+        new, cache, lengths, new.stride(0), *cache.stride()[:3], N=N, D=D, COLUMNS=triton.next_power_of_2(D), num_warps=1
     )  # fmt: skip
 
 

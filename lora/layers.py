@@ -96,7 +96,7 @@ class LoRA(nn.Module):
 
 def dropout_keys(seed: int, step: int, examples: Tensor, positions: Tensor) -> Tensor:
     """(T,) int32 row keys for one micro-batch: a hash of (seed, step, example, position) of each of its T tokens."""
-    start = torch.tensor([to_int32(seed * 0x85EBCA6B + 1)], dtype=torch.int32, device=examples.device)
+    start = torch.full((1,), to_int32(seed * 0x85EBCA6B + 1), dtype=torch.int32, device=examples.device)
     key = mix(mix(start ^ to_int32(step * 0xC2B2AE35 + 1)) ^ examples.to(torch.int32))
     return mix(key * 31 + positions.to(torch.int32))
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dispatch import use_triton
+from kernels.dispatch import to_device, use_triton
 from model.config import LlamaConfig, rotary_phases
 
 
@@ -26,8 +26,8 @@ class Pack:
         self.lengths = lengths
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         # Made on the host and sent once: attention in every layer reads the same offsets.
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device, non_blocking=True)  # (T,)
-        self.offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)  # (N + 1,)
+        self.positions = to_device(torch.cat([torch.arange(n) for n in lengths]), device)  # (T,)
+        self.offsets = to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)  # (N + 1,)
         self.cos, self.sin = rotary_phases(config, self.positions)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,30 +15,30 @@ import torch
 from torch import Tensor
 
 from kernels.decode_attention import append_token, decode_attention, length_mask
+from kernels.dispatch import use_triton
 from model.attention import Pack
 from model.config import LlamaConfig, rotary_phases
 
 
 class KVCache:
-    """Keys and values of every layer, (layers, slots, kv, room, D) each, and how many tokens each slot holds.
+    """Keys and values of every layer, and how many tokens each slot holds.
 
-    Whatever lies behind a slot's length is never read, so nothing is ever cleared.
+    A layer is one block (slots, 2 kv, room, D), keys first, since a token's keys and values lie side by side where they are
+    made. Whatever lies behind a slot's length is never read, so nothing is ever cleared.
     """
 
     def __init__(self, config: LlamaConfig, slots: int, room: int, dtype: torch.dtype, device: torch.device | str):
-        self.config, self.slots, self.room = config, slots, room
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, room, config.head_dim)
+        self.config, self.room = config, room
+        shape = (config.num_hidden_layers, slots, 2 * config.num_key_value_heads, room, config.head_dim)
         # Zeros and not whatever lay there: the masked slots that CPU attention multiplies by 0 must not be NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = torch.zeros(shape, dtype=dtype, device=device).unbind(0)
         self.lengths = torch.ones(slots, dtype=torch.long, device=device)  # (slots,) at least 1, also where nothing runs
         self.cos, self.sin = rotary_phases(config, torch.arange(room, device=device))  # (room, D / 2)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copies slots (n,) to others; no slot is both."""
-        for block in (*self.keys, *self.values):  # a layer at a time: the copy on the way is small
+        for block in (*self.layers, self.lengths):  # a layer at a time: the copy on the way is small
             block[targets] = block[sources]
-        self.lengths[targets] = self.lengths[sources]
 
 
 class Prefill(Pack):
@@ -56,11 +56,8 @@ class Prefill(Pack):
             self.chosen = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, kept, strict=False)]).to(device, non_blocking=True)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        _, key, value = self.split(qkv)
-        if self.chosen is not None:
-            key, value = key[self.chosen], value[self.chosen]
-        self.cache.keys[layer][self.slot, :, self.place] = key
-        self.cache.values[layer][self.slot, :, self.place] = value
+        new = qkv.view(len(qkv), -1, self.head_dim)[:, self.heads :]  # (T, 2 kv, D)
+        self.cache.layers[layer][self.slot, :, self.place] = new if self.chosen is None else new[self.chosen]
         return super().attend(layer, qkv)
 
 
@@ -73,14 +70,15 @@ class Decode:
 
     def __init__(self, cache: KVCache, slots: int, seen: int | None = None):
         self.cache, self.slots, self.seen = cache, slots, seen or cache.room
-        self.heads, self.kv_heads = cache.config.num_attention_heads, cache.config.num_key_value_heads
+        self.heads, self.kv_heads, self.head_dim = cache.config.num_attention_heads, cache.config.num_key_value_heads, cache.config.head_dim
         self.lengths = cache.lengths[:slots]
-        self.cos, self.sin = cache.cos[self.lengths - 1], cache.sin[self.lengths - 1]  # (slots, D / 2)
-        self.mask = None if self.lengths.is_cuda else length_mask(self.lengths, self.seen)  # one for all layers
+        last = self.lengths - 1
+        self.cos, self.sin = cache.cos[last], cache.sin[last]  # (slots, D / 2)
+        self.mask = None if use_triton(last) else length_mask(self.lengths, self.seen)  # one for all layers
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        heads = qkv.view(self.slots, -1, self.cache.config.head_dim)
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        keys, values = self.cache.keys[layer, : self.slots, :, : self.seen], self.cache.values[layer, : self.slots, :, : self.seen]
-        append_token(key, value, keys, values, self.lengths)
+        query, new = qkv.view(self.slots, -1, self.head_dim).split((self.heads, 2 * self.kv_heads), dim=1)
+        held = self.cache.layers[layer][: self.slots, :, : self.seen]  # (slots, 2 kv, seen, D)
+        append_token(new, held, self.lengths)
+        keys, values = held.chunk(2, dim=1)
         return decode_attention(query, keys, values, self.lengths, self.mask).view(self.slots, -1)

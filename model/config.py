@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.dispatch import to_device
 from study.errors import LetheError
 
 
@@ -95,5 +96,5 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
 
 def rotary_phases(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (T, head_dim / 2) of positions (T,), in float32 even for other models, or long positions lose their phase."""
-    angle = positions.float()[:, None] * rotary_frequencies(config).to(positions.device)
+    angle = positions.float()[:, None] * to_device(rotary_frequencies(config), positions.device)
     return angle.cos(), angle.sin()

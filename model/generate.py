@@ -248,5 +248,11 @@ def _packs(sizes: dict[int, int], budget: int) -> list[list[int]]:
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """argmax of each row of logits (B, V) -> (B,)."""
-    return logits.argmax(-1)
+    """argmax of each row of logits (B, V) -> (B,), the first of equals."""
+    if logits.is_cuda or logits.shape[1] % 64:
+        return logits.argmax(-1)
+    # On CPU amax is vectorised and argmax is not: the block that holds the largest, then the place in it, in a quarter of the time.
+    blocks = logits.view(len(logits), -1, 64)
+    block = blocks.amax(-1).argmax(-1, keepdim=True)  # (B, 1)
+    place = blocks.gather(1, block[:, :, None].expand(-1, 1, 64)).argmax(-1)
+    return (block * 64 + place)[:, 0]

@@ -100,13 +100,14 @@ def test_slices_of_larger_blocks(backend):
 
 
 def test_append_writes_one_slot(backend):
+    """New keys and values are a slice of the fused projection."""
     _, keys, values, lengths = inputs()
-    fused = torch.randn(5, 12, 32)
-    expected = keys.clone(), values.clone()
+    cache, fused = torch.cat((keys, values), dim=1), torch.randn(5, 12, 32)
+    expected = cache.clone()
     for b, length in enumerate(lengths.tolist()):
-        expected[0][b, :, length - 1], expected[1][b, :, length - 1] = fused[b, 8:10], fused[b, 10:]
-    append_token(fused[:, 8:10], fused[:, 10:], keys, values, lengths)
-    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+        expected[b, :, length - 1] = fused[b, 8:]
+    append_token(fused[:, 8:], cache, lengths)
+    assert torch.equal(cache, expected)
 
 
 def test_what_does_not_fit_is_refused():
@@ -131,7 +132,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels.decode_attention_triton import append_kernel, join_kernel, part_kernel
 
-strides = {name: "i64" for name in ("query_row", "keys_row", "keys_head", "keys_slot", "values_row", "values_head", "values_slot")}
+strides = {f"{of}_{what}": "i64" for of in ("query", "keys", "values", "new", "cache") for what in ("row", "head", "slot")}
 sizes = {name: "i32" for name in ("slots", "part_slots", "parts")}
 
 
@@ -144,15 +145,15 @@ def build(architecture, kernel, kinds, constants, what, tensor_cores):
 
 for architecture in (80, 90):
     for dtype in ("*bf16", "*fp32"):
-        cache = {name + "_ptr": dtype for name in ("query", "keys", "values", "key", "value", "out")}
+        cache = {name + "_ptr": dtype for name in ("query", "keys", "values", "new", "cache", "out")}
         for out in (dtype, "*fp32"):
             kinds = {**cache, **strides, **sizes, "lengths_ptr": "*i64", "log_total_ptr": "*fp32", "scale_log2": "fp32", "out_ptr": out}
             shape = {"KV": 8, "GROUP": 4, "D": 64, "ROWS": 16, "COLUMNS": 64, "BLOCK": 64, "WIDEN": False}
             build(architecture, part_kernel, kinds, shape, "part" + dtype, dtype == "*bf16")
         kinds = {**cache, **sizes, "parts_ptr": "*fp32", "log_total_ptr": "*fp32", "lengths_ptr": "*i64"}
         build(architecture, join_kernel, kinds, {"HEADS": 32, "D": 64, "PARTS": 4, "COLUMNS": 64}, "join" + dtype, False)
-        kinds = {**cache, **strides, "lengths_ptr": "*i64", "key_row": "i64", "value_row": "i64"}
-        build(architecture, append_kernel, kinds, {"KV": 8, "D": 64, "COLUMNS": 64}, "append" + dtype, False)
+        kinds = {**cache, **strides, "lengths_ptr": "*i64"}
+        build(architecture, append_kernel, kinds, {"N": 16, "D": 64, "COLUMNS": 64}, "append" + dtype, False)
 """
 
 

@@ -171,7 +171,8 @@ def test_prefill_and_decoding_see_what_the_whole_sees(model, monkeypatch, kernel
     monkeypatch.setenv("LETHE_KERNELS", kernels)
     kept = [len(text) - 4 for text in texts]
     cache = KVCache(model.config, 5, 80, torch.float32, "cpu")
-    cache.keys.fill_(7.0), cache.values.fill_(-7.0)  # what lies behind a length must not matter
+    for block in cache.layers:
+        block.fill_(7.0)  # what lies behind a length must not matter
     slots = [2, 0, 1]
     packed = torch.tensor([token for text in texts for token in text])
     with torch.inference_mode():
@@ -194,3 +195,11 @@ def test_triton_decodes_the_same_tokens(model, monkeypatch):
     monkeypatch.setattr(decode_attention_triton, "attend", lambda *a: calls.append(1) or attend(*a))
     monkeypatch.setenv("LETHE_KERNELS", "triton")
     assert generate(model, prompts, 4, [], batch_size=3) == expected and calls
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 30, (50, 640), generator=g).float()  # ties in and between blocks
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert generation._likeliest(logits).tolist() == expected
+    assert generation._likeliest(logits[:, :97]).tolist() == [row.index(max(row)) for row in logits[:, :97].tolist()]

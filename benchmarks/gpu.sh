@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Every benchmark on a CUDA machine, in under ten minutes: correctness first, then JSON and the printed tables into $OUT.
+#
+#     bash benchmarks/gpu.sh                 # OUT=benchmarks/out by default
+#     TOY=1 bash benchmarks/gpu.sh           # the same commands at toy size, on any machine
+#
+# A step that fails or takes too long is reported and the others go on; the exit status says whether any did.
+set -u
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmarks/out}
+PYTHON=${PYTHON:-python}
+mkdir -p "$OUT"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+failed=()
+
+# step NAME SECONDS COMMAND...: its output goes to the screen and to NAME.txt, the last line of that to NAME.json where it is JSON.
+step() {
+    local name=$1 limit=$2 began=$SECONDS status
+    shift 2
+    echo "=== $name: $*"
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.txt"
+    status=${PIPESTATUS[0]}
+    grep '^{' "$OUT/$name.txt" | tail -n 1 >"$OUT/$name.json" || true
+    [ -s "$OUT/$name.json" ] || rm -f "$OUT/$name.json"
+    if [ "$status" -ne 0 ]; then
+        failed+=("$name")
+        [ "$status" -eq 124 ] && echo "--- $name: stopped after $limit s" || echo "--- $name: failed with status $status"
+    fi
+    echo "--- $name: $((SECONDS - began)) s"
+}
+
+toy=()
+if [ -n "${TOY:-}" ]; then
+    toy=(--toy)
+    train=(--toy)
+    decode=(--toy)
+else
+    # On CUDA the tests run their Triton kernels compiled, not interpreted.
+    TRITON_INTERPRET=0 step tests 90 "$PYTHON" -m pytest -q tests -k cuda
+    # Status 5 is pytest's "no test of that name".
+    grep -q 'no tests ran\|[0-9] deselected in' "$OUT/tests.txt" && ! grep -q 'failed\|error' "$OUT/tests.txt" && failed=()
+    train=(--preset 1b)
+    decode=(--preset 1b)
+fi
+step train_step 240 "$PYTHON" benchmarks/train_step.py "${train[@]}"
+step loss 60 "$PYTHON" benchmarks/loss.py "${toy[@]}"
+step decode 120 "$PYTHON" benchmarks/decode.py "${decode[@]}"
+for name in layers low_rank decode_attention; do
+    [ -f "benchmarks/$name.py" ] && step "$name" 45 "$PYTHON" "benchmarks/$name.py" "${toy[@]}"
+done
+if [ -f "$OUT/train_step.json" ] && [ -f "$OUT/decode.json" ]; then
+    step study 20 "$PYTHON" benchmarks/study.py --extrapolate --train_step "$OUT/train_step.json" --decode "$OUT/decode.json"
+else
+    echo "--- study: skipped, it needs the results of train_step and decode"
+    failed+=(study)
+fi
+
+echo "=== $SECONDS s in all, results in $OUT"
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi

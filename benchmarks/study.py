@@ -1,0 +1,229 @@
+"""Where the time of a study goes, and what the big study costs at measured rates.
+
+    python benchmarks/study.py --toy                                  # one small pair of the built-in study
+    python benchmarks/study.py --model DIR --datasets gsm8k,svamp --pairs gsm8k:svamp --data_root DIR      # any flags of train.py
+    python benchmarks/study.py --extrapolate --train_step FILE --decode FILE      # JSON of train_step.py and decode.py
+
+The first two run train.py's own study in a temporary folder, one pair and two arms unless the flags say otherwise, and print the
+seconds of its parts. --extrapolate trains nothing: it writes out the arithmetic of the five tasks' study of configs/masking.yaml
+(5 + 60 runs, at most 3000 rows and 3 epochs each) with the tokens/s that the other benchmarks measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, from anywhere
+
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+from benchmarks import common  # noqa: E402
+from study.config import parse  # noqa: E402
+from study.errors import LetheError  # noqa: E402
+from study.logging import format_table  # noqa: E402
+
+SMALL = ["--pairs", "mini_gsm8k:mini_svamp", "--mask", "none,bottom10"]
+TOY = ["--max_train", "32", "--max_test", "8"]
+ARMS, EPOCHS, MOST_ROWS = 3, 3, 3000
+
+
+class TaskSize(NamedTuple):
+    """Of a prepared task under the Llama-3.2-1B-Instruct tokenizer: rows and items, and mean tokens."""
+
+    rows: int  # to train on, before MOST_ROWS
+    row_tokens: float  # prompt and answer, of the first MOST_ROWS rows
+    items: int  # to test on
+    prompt_tokens: float
+    answer_tokens: float  # of the reference answers, end token included
+    most_tokens: int  # the task's limit of new tokens
+
+
+TASKS = {
+    "aqua_cot": TaskSize(2701, 162.5, 250, 123.6, 73.2, 320),
+    "gsm8k": TaskSize(7473, 207.8, 1319, 111.0, 103.8, 320),
+    "openbookqa": TaskSize(4936, 95.9, 500, 88.9, 7.0, 32),
+    "simpleQA": TaskSize(3894, 62.8, 432, 58.2, 5.4, 32),
+    "svamp": TaskSize(700, 106.0, 299, 84.9, 21.6, 64),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parts of a study that runs
+
+
+class Clock:
+    """Seconds spent inside named functions, which it wraps."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.undo = []
+
+    def wrap(self, part: str, place, name: str) -> None:
+        function = getattr(place, name)
+
+        def timed(*args, **kwargs):
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[part] += time.perf_counter() - began
+
+        setattr(place, name, timed)
+        self.undo.append(lambda: setattr(place, name, function))
+
+    def close(self) -> None:
+        for undo in self.undo:
+            undo()
+
+
+def run_parts(flags: list[str]) -> dict:
+    """Runs the study that the flags describe in a temporary folder."""
+    clock = Clock()
+    clock.wrap("load", evaluation, "load_subject")
+    clock.wrap("runs", train, "train_run")
+    clock.wrap("perplexities", train.Bench, "scores")
+    clock.wrap("scoring", evaluation, "score_study")
+    clock.wrap("tables and pictures", evaluation, "report")
+    with tempfile.TemporaryDirectory(prefix="lethe_bench_") as folder:
+        began = time.perf_counter()
+        try:
+            train.run_study(parse([*flags, "--out", str(Path(folder) / "study")]), ["benchmarks/study.py", *flags])
+        finally:
+            clock.close()
+        total = time.perf_counter() - began
+        manifests = [json.loads(file.read_text()) for file in sorted(Path(folder).rglob("run.json"))]
+        cells = [file.read_text().splitlines() for file in sorted(Path(folder).rglob("eval/*.jsonl"))]
+    seconds, steps = clock.seconds, sum(manifest["seconds"] for manifest in manifests)
+    parts = {
+        "load": seconds["load"],
+        "training steps": steps,
+        "perplexities": seconds["perplexities"],
+        "rest of the runs": seconds["runs"] - steps - seconds["perplexities"],
+        "scoring": seconds["scoring"],
+        "tables and pictures": seconds["tables and pictures"],
+    }
+    parts["rest"] = total - sum(parts.values())
+    tokens, items = sum(manifest["tokens"] for manifest in manifests), sum(map(len, cells))
+    print("\n" + format_table([[part, f"{s:.2f}", f"{s / total:.1%}"] for part, s in parts.items()], ["part", "seconds", "share"]))
+    print(f"total      {total:.1f} s: {len(manifests)} runs of {tokens} tokens at {tokens / steps:.0f} tokens/s, "
+          f"{len(cells)} cells of {items} items at {items / seconds['scoring']:.1f} items/s")  # fmt: skip
+    return {
+        "mode": "parts", "seconds": total, "parts": parts, "runs": len(manifests), "cells": len(cells), "train_tokens": tokens,
+        "train_tokens_per_s": tokens / steps, "items": items, "items_per_s": items / seconds["scoring"], "flags": flags,
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The big study at measured rates
+
+
+def rate_of(file: str | None, given: float | None, kind: str) -> float:
+    """tokens/s: given, or of ours from a result's JSON (its last line, or a file that holds it alone)."""
+    if given:
+        return given
+    if not file:
+        raise LetheError(f"--extrapolate needs --{kind} FILE, or --{kind}_tokens_per_s")
+    try:
+        result = json.loads(Path(file).read_text().strip().splitlines()[-1] if Path(file).suffix != ".json" else Path(file).read_text())
+        if kind == "train_step":
+            return result["tokens_per_s"]["ours"]["median"]
+        found = {name: figures for name, figures in result["stops"].items() if name.startswith("ours")}
+        return max(figures["tokens_per_s"]["median"] for figures in found.values())
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise LetheError(f"{file} holds no result of benchmarks/{kind}.py ({error!r})") from error
+
+
+def extrapolate(training: float, decoding: float, forward: float, run_seconds: float) -> dict:
+    """Prints and returns the seconds of the five tasks' study. training, decoding, forward: tokens/s."""
+    names = list(TASKS)
+    pairs = len(names) * (len(names) - 1)
+    runs = len(names) + ARMS * pairs
+    # A task is trained on once in stage 1, and in stage 2 as the second of 4 pairs in each arm.
+    times_trained = 1 + ARMS * (len(names) - 1)
+    row_tokens = {name: min(task.rows, MOST_ROWS) * task.row_tokens for name, task in TASKS.items()}
+    train_tokens = EPOCHS * times_trained * sum(row_tokens.values())
+    # Perplexities under each start model, shared by the arms: a task is second of 4 pairs.
+    perplexity_tokens = (len(names) - 1) * sum(row_tokens.values())
+    # A task is scored under the base, every stage-1 adapter, and each run whose first or second it is.
+    times_scored = 1 + len(names) + ARMS * 2 * (len(names) - 1)
+    prompts = times_scored * sum(task.items * (task.prompt_tokens + task.answer_tokens) for task in TASKS.values())
+    answers = times_scored * sum(task.items * task.answer_tokens for task in TASKS.values())
+    most = times_scored * sum(task.items * task.most_tokens for task in TASKS.values())
+    parts = {
+        "training": train_tokens / training,
+        "perplexities": perplexity_tokens / forward,
+        "scoring: prompts": prompts / forward,
+        "scoring: answers": answers / decoding,
+        "around the runs": runs * run_seconds,
+    }
+    total = sum(parts.values())
+    worst = total + (most - answers) / decoding
+    print(
+        f"rates      training {training:.0f}, forward {forward:.0f}, decoding {decoding:.0f} tokens/s; {run_seconds:g} s around each run\n"
+    )
+    rows = [
+        [name, min(t.rows, MOST_ROWS), t.row_tokens, t.items, t.prompt_tokens, t.answer_tokens, t.most_tokens] for name, t in TASKS.items()
+    ]
+    print(format_table(rows, ["task", "rows", "tokens a row", "test items", "prompt tokens", "answer tokens", "at most"]))
+    one = sum(row_tokens.values())
+    lines = [
+        f"runs       {len(names)} tasks + {pairs} pairs x {ARMS} arms = {runs}; cells: {len(names)} tasks x {times_scored} = {len(names) * times_scored}",
+        f"training   sum of rows x tokens = {one / 1e6:.2f} M; x {times_trained} runs a task x {EPOCHS} epochs = {train_tokens / 1e6:.1f} M tokens "
+        f"/ {training:.0f} = {parts['training']:.0f} s",
+        f"perplexity {one / 1e6:.2f} M x {len(names) - 1} start models = {perplexity_tokens / 1e6:.1f} M tokens / {forward:.0f} = {parts['perplexities']:.0f} s",
+        f"prompts    sum of items x (prompt + answer) x {times_scored} = {prompts / 1e6:.1f} M tokens / {forward:.0f} = {parts['scoring: prompts']:.0f} s",
+        f"answers    sum of items x answer x {times_scored} = {answers / 1e6:.1f} M tokens / {decoding:.0f} = {parts['scoring: answers']:.0f} s",
+        f"around     {runs} runs x {run_seconds:g} s = {parts['around the runs']:.0f} s",
+        f"total      {total:.0f} s = {total / 60:.1f} minutes; {worst / 60:.1f} if no answer ever ends before its task's limit "
+        f"({most / 1e6:.1f} M tokens)",
+    ]  # fmt: skip
+    print("\n" + "\n".join(lines))
+    return {
+        "mode": "extrapolate", "seconds": total, "seconds_if_no_answer_ends": worst, "parts": parts, "runs": runs,
+        "train_tokens": train_tokens, "answer_tokens": answers,
+        "rates": {"training": training, "forward": forward, "decoding": decoding, "seconds_around_a_run": run_seconds},
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help=" ".join(TOY))
+    parser.add_argument("--extrapolate", action="store_true", help="the time of the five tasks' study, by arithmetic")
+    parser.add_argument("--train_step", help="JSON of benchmarks/train_step.py")
+    parser.add_argument("--decode", help="JSON of benchmarks/decode.py")
+    parser.add_argument("--train_step_tokens_per_s", type=float, help="instead of --train_step")
+    parser.add_argument("--decode_tokens_per_s", type=float, help="instead of --decode")
+    parser.add_argument("--forward_tokens_per_s", type=float, help="of passes without gradient; default: twice the training rate")
+    parser.add_argument("--run_seconds", type=float, default=3.0, help="around a run: reading, writing, logging (default 3)")
+    parser.add_argument("--json", help="write the result there too")
+    args, flags = parser.parse_known_args(argv)
+    if args.extrapolate and flags:
+        parser.error(f"unknown with --extrapolate: {' '.join(flags)}")
+    device = "cuda" if common.torch.cuda.is_available() else "cpu"
+    print(common.machine_lines(device))
+    try:
+        if args.extrapolate:
+            training = rate_of(args.train_step, args.train_step_tokens_per_s, "train_step")
+            decoding = rate_of(args.decode, args.decode_tokens_per_s, "decode")
+            # A pass without gradient is half of forward and dX.
+            result = extrapolate(training, decoding, args.forward_tokens_per_s or 2 * training, args.run_seconds)
+        else:
+            result = run_parts(
+                [*(SMALL if not any(flag.startswith("--pairs") for flag in flags) else []), *(TOY if args.toy else []), *flags]
+            )
+    except LetheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print()
+    common.finish({"benchmark": "study", **result}, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
