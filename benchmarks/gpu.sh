@@ -29,27 +29,23 @@ step() {
     echo "--- $name: $((SECONDS - began)) s"
 }
 
-toy=()
 if [ -n "${TOY:-}" ]; then
     toy=(--toy)
-    train=(--toy)
-    decode=(--toy)
+    shape=(--toy)
 else
-    # On CUDA the tests run their Triton kernels compiled, not interpreted.
-    TRITON_INTERPRET=0 step tests 90 "$PYTHON" -m pytest -q tests -k cuda
-    # Status 5 is pytest's "no test of that name".
-    grep -q 'no tests ran\|[0-9] deselected in' "$OUT/tests.txt" && ! grep -q 'failed\|error' "$OUT/tests.txt" && failed=()
-    train=(--preset 1b)
-    decode=(--preset 1b)
+    toy=()
+    shape=(--preset 1b)
+    # On CUDA the tests' Triton kernels are compiled, not interpreted.
+    step tests 100 env TRITON_INTERPRET=0 "$PYTHON" -m pytest -q tests/test_cuda.py
 fi
-step train_step 240 "$PYTHON" benchmarks/train_step.py "${train[@]}"
+step train_step 200 "$PYTHON" benchmarks/train_step.py "${shape[@]}"
 step loss 60 "$PYTHON" benchmarks/loss.py "${toy[@]}"
-step decode 120 "$PYTHON" benchmarks/decode.py "${decode[@]}"
+step decode 100 "$PYTHON" benchmarks/decode.py "${shape[@]}"
 for name in layers low_rank decode_attention; do
-    [ -f "benchmarks/$name.py" ] && step "$name" 45 "$PYTHON" "benchmarks/$name.py" "${toy[@]}"
+    [ -f "benchmarks/$name.py" ] && step "$name" 30 "$PYTHON" "benchmarks/$name.py" "${toy[@]}"
 done
 if [ -f "$OUT/train_step.json" ] && [ -f "$OUT/decode.json" ]; then
-    step study 20 "$PYTHON" benchmarks/study.py --extrapolate --train_step "$OUT/train_step.json" --decode "$OUT/decode.json"
+    step study 10 "$PYTHON" benchmarks/study.py --extrapolate --train_step "$OUT/train_step.json" --decode "$OUT/decode.json"
 else
     echo "--- study: skipped, it needs the results of train_step and decode"
     failed+=(study)

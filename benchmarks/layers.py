@@ -101,7 +101,8 @@ def rows(size: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Row]:
         ),
         Row(
             "swiglu backward", name, 5 * T * inner * item, lambda: layers.swiglu_backward(grad_inner, gate_up, out=out),
-            backward_of(plain_swiglu, [gate_up], [grad_inner]), lambda: backward_of(plain_swiglu, [gate_up.double()], [grad_inner.double()])(),
+            backward_of(plain_swiglu, [gate_up], [grad_inner]),
+            lambda: backward_of(plain_swiglu, [gate_up.double()], [grad_inner.double()])(),
         ),
     ]  # fmt: skip
 

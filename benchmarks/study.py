@@ -168,21 +168,26 @@ def extrapolate(training: float, decoding: float, forward: float, run_seconds: f
         f"rates      training {training:.0f}, forward {forward:.0f}, decoding {decoding:.0f} tokens/s; {run_seconds:g} s around each run\n"
     )
     rows = [
-        [name, min(t.rows, MOST_ROWS), t.row_tokens, t.items, t.prompt_tokens, t.answer_tokens, t.most_tokens] for name, t in TASKS.items()
+        [name, min(t.rows, MOST_ROWS), f"{t.row_tokens:.1f}", t.items, f"{t.prompt_tokens:.1f}", f"{t.answer_tokens:.1f}", t.most_tokens]
+        for name, t in TASKS.items()
     ]
     print(format_table(rows, ["task", "rows", "tokens a row", "test items", "prompt tokens", "answer tokens", "at most"]))
-    one = sum(row_tokens.values())
+    one, cells = sum(row_tokens.values()), len(names) * times_scored
+
+    def spent(part: str, tokens: float, rate: float) -> str:
+        return f"= {tokens / 1e6:.1f} M tokens / {rate:.0f} = {parts[part]:.0f} s"
+
     lines = [
-        f"runs       {len(names)} tasks + {pairs} pairs x {ARMS} arms = {runs}; cells: {len(names)} tasks x {times_scored} = {len(names) * times_scored}",
-        f"training   sum of rows x tokens = {one / 1e6:.2f} M; x {times_trained} runs a task x {EPOCHS} epochs = {train_tokens / 1e6:.1f} M tokens "
-        f"/ {training:.0f} = {parts['training']:.0f} s",
-        f"perplexity {one / 1e6:.2f} M x {len(names) - 1} start models = {perplexity_tokens / 1e6:.1f} M tokens / {forward:.0f} = {parts['perplexities']:.0f} s",
-        f"prompts    sum of items x (prompt + answer) x {times_scored} = {prompts / 1e6:.1f} M tokens / {forward:.0f} = {parts['scoring: prompts']:.0f} s",
-        f"answers    sum of items x answer x {times_scored} = {answers / 1e6:.1f} M tokens / {decoding:.0f} = {parts['scoring: answers']:.0f} s",
+        f"runs       {len(names)} tasks + {pairs} pairs x {ARMS} arms = {runs}; cells: {len(names)} tasks x {times_scored} = {cells}",
+        f"training   sum of rows x tokens = {one / 1e6:.2f} M; x {times_trained} runs a task x {EPOCHS} epochs "
+        + spent("training", train_tokens, training),
+        f"perplexity {one / 1e6:.2f} M x {len(names) - 1} start models " + spent("perplexities", perplexity_tokens, forward),
+        f"prompts    sum of items x (prompt + answer) x {times_scored} " + spent("scoring: prompts", prompts, forward),
+        f"answers    sum of items x answer x {times_scored} " + spent("scoring: answers", answers, decoding),
         f"around     {runs} runs x {run_seconds:g} s = {parts['around the runs']:.0f} s",
         f"total      {total:.0f} s = {total / 60:.1f} minutes; {worst / 60:.1f} if no answer ever ends before its task's limit "
         f"({most / 1e6:.1f} M tokens)",
-    ]  # fmt: skip
+    ]
     print("\n" + "\n".join(lines))
     return {
         "mode": "extrapolate", "seconds": total, "seconds_if_no_answer_ends": worst, "parts": parts, "runs": runs,
@@ -214,9 +219,8 @@ def main(argv: list[str] | None = None) -> int:
             # A pass without gradient is half of forward and dX.
             result = extrapolate(training, decoding, args.forward_tokens_per_s or 2 * training, args.run_seconds)
         else:
-            result = run_parts(
-                [*(SMALL if not any(flag.startswith("--pairs") for flag in flags) else []), *(TOY if args.toy else []), *flags]
-            )
+            chosen = any(flag.split("=")[0] in ("--pairs", "--datasets", "--config") for flag in flags)
+            result = run_parts([*([] if chosen else SMALL), *(TOY if args.toy else []), *flags])
     except LetheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -76,10 +76,10 @@ class Settings:
     rounds: int
     parity_steps: int
     parity_examples: int  # a step
+    learning_rate: float
     micro_tokens: int | None = None  # of ours; None: what training uses
     rank: int = 16
     dropout: float = 0.05
-    learning_rate: float = 1e-3
     seed: int = 0
     shrink: int = 1  # lengths are divided by it
     threads: int | None = None
@@ -416,15 +416,18 @@ def kind_of(name: str) -> str:
 def settings_of(args: argparse.Namespace) -> Settings:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = "toy" if args.toy else args.preset or ("1b" if device == "cuda" else "cpu")
-    long = device == "cuda"
+    gpu = device == "cuda"
     base = {
-        "cpu": dict(dtype="float32", batch_size=16, accumulation=1, warmup=1, steps=3, rounds=3, parity_steps=20, parity_examples=4),
+        "cpu": dict(
+            dtype="float32", batch_size=16, accumulation=1, warmup=1, steps=3, rounds=3, parity_steps=20, parity_examples=4, learning_rate=1e-3,
+        ),
         "1b": dict(
-            dtype="bfloat16", batch_size=16, accumulation=4 if long else 1, warmup=20 if long else 0, steps=17 if long else 1,
-            rounds=3 if long else 1, parity_steps=20 if long else 0, parity_examples=16,
+            dtype="bfloat16", batch_size=16, accumulation=4 if gpu else 1, warmup=20 if gpu else 0, steps=17 if gpu else 1,
+            rounds=3 if gpu else 1, parity_steps=20 if gpu else 0, parity_examples=16, learning_rate=1e-4,
         ),
         "toy": dict(
-            dtype="float32", batch_size=4, accumulation=2, warmup=1, steps=2, rounds=2, parity_steps=6, parity_examples=4, shrink=8
+            dtype="float32", batch_size=4, accumulation=2, warmup=1, steps=2, rounds=2, parity_steps=6, parity_examples=4,
+            learning_rate=1e-2, shrink=8,
         ),
     }[preset]  # fmt: skip
     names = ("dtype", "batch_size", "accumulation", "warmup", "steps", "rounds", "parity_steps", "micro_tokens", "threads")

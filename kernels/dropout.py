@@ -35,18 +35,17 @@ def drop(x: Tensor, p: float, row_keys: Tensor | None, salt: int) -> Tensor:
     """
     if not p:
         return x
-    hashes = row_words(row_keys, salt)[:, None] * column_words(x.shape[1], x.device)
+    of_rows, of_columns = words(row_keys, [salt], x.shape[1])
+    hashes = of_rows[0, :, None] * of_columns
     return torch.where(kept(hashes, p), x, 0.0).mul_(1 / (1 - p))
 
 
-def row_words(row_keys: Tensor, salt: int) -> Tensor:
-    """(M,) int32, odd."""
-    return mix(row_keys ^ to_int32(salt * 0x9E3779B1)) | 1
-
-
-def column_words(columns: int, device: torch.device) -> Tensor:
-    """(columns,) int32, odd."""
-    return mix(torch.arange(1, columns + 1, dtype=torch.int32, device=device)) | 1
+def words(row_keys: Tensor, salts: list[int], columns: int) -> tuple[Tensor, Tensor]:
+    """(salts, M) int32 of the rows (M,) under every salt, and (columns,) int32."""
+    raw = [row_keys ^ to_int32(salt * 0x9E3779B1) for salt in salts]
+    mixed = mix(torch.cat([*raw, torch.arange(1, columns + 1, dtype=torch.int32, device=row_keys.device)])) | 1  # all at once
+    of_rows, of_columns = mixed.split([len(raw) * len(row_keys), columns])
+    return of_rows.view(len(raw), -1), of_columns
 
 
 def dropped_hashes(p: float) -> int:

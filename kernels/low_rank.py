@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import use_triton
-from kernels.dropout import Span, column_words, drop, masked_, mix, row_words, to_int32
+from kernels.dropout import Span, drop, masked_, mix, to_int32, words
 
 __all__ = ["Span", "drop", "mix", "thin", "thin_grad_A", "thin_grad_x_", "to_int32"]
 
@@ -32,7 +32,7 @@ def thin(x: Tensor, A: Tensor, spans: list[Span], p: float, row_keys: Tensor | N
 
         return low_rank_triton.thin(x, A, spans, p, row_keys)
     A = A.to(_wide(x)).T / (1 - p)  # (K, R)
-    out = torch.empty(x.shape[0], A.shape[1], dtype=A.dtype)
+    out = A.new_empty(x.shape[0], A.shape[1])
     for rows, span, hashes in _hashes(x.shape, spans, row_keys):
         torch.mm(masked_(hashes, x[rows], p), A[:, span], out=out[rows, span])
     return out.to(x.dtype)
@@ -47,7 +47,7 @@ def thin_grad_A(grad_thin: Tensor, x: Tensor, spans: list[Span], p: float, row_k
 
         return low_rank_triton.thin_grad_A(grad_thin, x, spans, p, row_keys)
     grad_thin = grad_thin.to(_wide(x)) / (1 - p)
-    out = torch.zeros(grad_thin.shape[1], x.shape[1], dtype=grad_thin.dtype)
+    out = grad_thin.new_zeros(grad_thin.shape[1], x.shape[1])
     for rows, span, hashes in _hashes(x.shape, spans, row_keys):
         out[span].addmm_(grad_thin[rows, span].T, masked_(hashes, x[rows], p))
     return out.to(x.dtype)
@@ -64,7 +64,7 @@ def thin_grad_x_(grad_x: Tensor, grad_thin: Tensor, A: Tensor, spans: list[Span]
         low_rank_triton.thin_grad_x_(grad_x, grad_thin, A, spans, p, row_keys)
         return
     A, grad_thin = A.to(_wide(grad_x)), grad_thin.to(_wide(grad_x)) / (1 - p)
-    products = torch.empty(_rows(grad_x.shape), A.shape[1], dtype=A.dtype)
+    products = A.new_empty(_rows(grad_x.shape), A.shape[1])
     total = grad_x.to(A.dtype)  # grad_x itself, where it is wide already; else it is rounded once for all spans
     for rows, span, hashes in _hashes(grad_x.shape, spans, row_keys):
         product = torch.mm(grad_thin[rows, span], A[span], out=products[: len(hashes)])
@@ -75,15 +75,14 @@ def thin_grad_x_(grad_x: Tensor, grad_thin: Tensor, A: Tensor, spans: list[Span]
 
 def _hashes(shape: torch.Size, spans: list[Span], row_keys: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, rows of A, hashes (rows, K) int32) for every block of rows and span; the next overwrites the hashes."""
-    columns = column_words(shape[1], row_keys.device)
-    words = [row_words(row_keys, span.salt)[:, None] for span in spans]
+    of_rows, of_columns = words(row_keys, [span.salt for span in spans], shape[1])
     step = _rows(shape)
-    memory = torch.empty(step, shape[1], dtype=torch.int32)
+    memory = of_columns.new_empty(step, shape[1])
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))
         hashes = memory[: rows.stop - start]
-        for span, word in zip(spans, words, strict=True):
-            torch.mul(word[rows], columns, out=hashes)
+        for span, of_span in zip(spans, of_rows, strict=True):
+            torch.mul(of_span[rows, None], of_columns, out=hashes)
             yield rows, slice(span.start, span.stop), hashes
 
 

@@ -37,7 +37,7 @@ def pick(i, a, b, c, d):
 
 @triton.jit
 def kept(words, column, shift, bound):
-    """Which elements survive (rows, columns): words (rows, 1) uint32 are those of dropout.row_words, column (1, columns) int32."""
+    """Which elements survive (rows, columns): words (rows, 1) uint32 are those of dropout.words, column (1, columns) int32."""
     hashes = words * (mix((column + 1).to(tl.uint32)) | 1)
     return (hashes.to(tl.int32, bitcast=True) + shift) >= bound
 

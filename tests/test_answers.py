@@ -1,5 +1,7 @@
 """Answer extraction: golden vectors, traps, and the scores built on them."""
 
+import random
+
 import pytest
 
 from metrics import extract_answer, rouge_l
@@ -135,6 +137,16 @@ def test_scores():
 def test_none_never_matches():
     row = score_answer("number", "dunno", "dunno")
     assert not row["exact_match"] and not row["flexible_match"] and row["string_match"]
+
+
+def test_rouge_equals_the_package():
+    from rouge_score import rouge_scorer
+
+    theirs, draw = rouge_scorer.RougeScorer(["rougeL"]), random.Random(0)
+    for size in (1, 5, 30, 90):
+        for _ in range(20):
+            one, other = (" ".join(draw.choices("ab c d3 e, 17 The".split(), k=draw.randint(0, size))) for _ in range(2))
+            assert rouge_l(one, other) == pytest.approx(theirs.score(other, one)["rougeL"].fmeasure, abs=1e-12)
 
 
 def test_rouge_golden():

@@ -252,13 +252,13 @@ constants = {
     "swiglu_kernel": {"BLOCK": 1024},
     "swiglu_backward_kernel": {"BLOCK": 1024},
 }
-wide = {"rstd_ptr", "partial_ptr", "cos_ptr", "sin_ptr"}
+special = dict.fromkeys(("rstd_ptr", "partial_ptr", "cos_ptr", "sin_ptr"), "*fp32") | {"eps": "fp32"}
 for architecture in (80, 90):
     for dtype in ("*bf16", "*fp32"):
         for name, fixed in constants.items():
             kernel = getattr(module, name)
             kinds = {arg: dtype if arg.endswith("_ptr") else "i32" for arg in kernel.arg_names}
-            kinds |= {arg: "*fp32" for arg in wide & set(kinds)} | {arg: "constexpr" for arg in fixed} | ({"eps": "fp32"} if "eps" in kinds else {})
+            kinds |= {arg: kind for arg, kind in special.items() if arg in kinds} | dict.fromkeys(fixed, "constexpr")
             source = ASTSource(fn=kernel, signature=kinds, constexprs=fixed)
             compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
             print(architecture, dtype, name, len(compiled.asm["cubin"]))

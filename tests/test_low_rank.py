@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import low_rank, low_rank_triton
-from kernels.dropout import Span, column_words, drop, dropped_hashes, kept, masked_, mix, row_words, to_int32
+from kernels.dropout import Span, drop, dropped_hashes, kept, masked_, mix, to_int32, words
 from kernels.low_rank import thin, thin_grad_A, thin_grad_x_
 
 REPO = Path(__file__).parent.parent
@@ -118,7 +118,8 @@ def test_a_dropped_nan_is_gone_and_a_kept_one_stays():
         gone = drop(torch.ones(4, 64), p, row_keys, 1) == 0
         shown = thin(x, torch.eye(64), [Span(0, 64, 1)], p, row_keys)
         assert shown.isnan().all()  # 0 * NaN: a product cannot hide it
-        hashes = row_words(row_keys, 1)[:, None] * column_words(64, x.device)
+        (of_rows,), of_columns = words(row_keys, [1], 64)
+        hashes = of_rows[:, None] * of_columns
         assert torch.equal(masked_(hashes.clone(), x, p).isnan(), ~gone)
 
 
