@@ -115,7 +115,7 @@ def fit(
         sums = None
         while sums is None:
             micros = batches(number, micro_tokens)
-            count = sum(len(micro.targets) for micro in micros)
+            count = sum(micro.completions for micro in micros)
             try:
                 sums = forward_backward(model, micros, lambda loss: scaler.scale(loss / count).backward(), online_weights, (seed, number))  # noqa: B023
             except (RuntimeError, MemoryError) as error:
@@ -157,6 +157,8 @@ def forward_backward(
     """One forward and backward pass a micro-batch -> (sum of w * nll, on the device), sum of w, how many w are above 0."""
     loss_sum, weight_sum, kept = torch.zeros((), dtype=torch.float64, device=model.device), 0.0, 0
     for micro in micros:
+        if not len(micro.rows):  # the mask has dropped every token of it
+            continue
         micro = micro.to(model.device)
         sight = Pack(micro.lengths, model.config, model.device)
         nll = micro_nll(model, micro, sight, dropout_keys(*key, micro.examples, sight.positions))  # (n,)
@@ -165,7 +167,7 @@ def forward_backward(
             weight_sum, kept = weight_sum + float(weights.sum(dtype=torch.float64)), kept + int((weights > 0).sum())
         else:
             weights = micro.weights
-            weight_sum, kept = weight_sum + micro.weight_sum, kept + micro.kept
+            weight_sum, kept = weight_sum + micro.weight_sum, kept + len(weights)
         weighted = (nll * weights).sum()
         backward(weighted)
         loss_sum += weighted.detach()

@@ -68,18 +68,18 @@ class Examples:
 
 @dataclass(frozen=True)
 class Micro:
-    """One forward pass: examples packed one behind the other, and the n positions that predict a completion token."""
+    """One forward pass: examples packed one behind the other, and the n positions that predict a token with a weight."""
 
     input_ids: Tensor  # (T,)
     lengths: list[int]  # of the packed examples, summing to T
     examples: Tensor  # (T,) index of each token's example, for its dropout mask
-    rows: Tensor  # (n,) into T: the position before each completion token
+    rows: Tensor  # (n,) into T: the position before each completion token that carries loss
     targets: Tensor  # (n,)
-    sizes: list[int]  # completion tokens of each example, summing to n
+    sizes: list[int]  # how many of these each example has, summing to n
     indices: list[int]  # which examples these are
-    weights: Tensor | None  # (n,) loss weights; None: decided from this pass's own losses
-    weight_sum: float | None = None  # of weights, and how many are above 0: known here, so that no step asks the device
-    kept: int | None = None
+    completions: int  # completion tokens in all, those without a weight included
+    weights: Tensor | None  # (n,) loss weights above 0; None: all n, decided from this pass's own losses
+    weight_sum: float | None = None  # known here, so that no step asks the device
 
     @property
     def tokens(self) -> int:
@@ -219,14 +219,16 @@ def pack(examples: Examples, indices: list[int], weights: np.ndarray | None) -> 
     starts = [int(examples.starts[i]) for i in indices]
     begins = np.concatenate(([0], np.cumsum(lengths)))
     rows = [np.arange(begin + start - 1, begin + length) for begin, start, length in zip(begins, starts, lengths, strict=False)]
-    settings = {}
+    completions, mine = sum(map(len, rows)), None
     if weights is not None:
         offsets = examples.completion_offsets
-        mine = np.concatenate([weights[offsets[i] : offsets[i + 1]] for i in indices])
-        settings = {"weight_sum": float(mine.sum(dtype=np.float64)), "kept": int((mine > 0).sum())}
+        own = [weights[offsets[i] : offsets[i + 1]] for i in indices]
+        rows = [part[weight > 0] for part, weight in zip(rows, own, strict=True)]  # a dropped token needs no logits
+        mine = np.concatenate([weight[weight > 0] for weight in own])
+    flat, where = np.concatenate([tokens[:-1] for tokens in ids]), np.concatenate(rows)
+    following = np.concatenate([tokens[1:] for tokens in ids])
     return Micro(
-        torch.from_numpy(np.concatenate([tokens[:-1] for tokens in ids])), lengths, torch.from_numpy(np.repeat(indices, lengths)),
-        torch.from_numpy(np.concatenate(rows)),
-        torch.from_numpy(np.concatenate([tokens[start:] for tokens, start in zip(ids, starts, strict=True)])),
-        [len(part) for part in rows], list(indices), None if weights is None else torch.from_numpy(mine), **settings,
+        torch.from_numpy(flat), lengths, torch.from_numpy(np.repeat(indices, lengths)), torch.from_numpy(where),
+        torch.from_numpy(following[where]), [len(part) for part in rows], list(indices), completions,
+        None if mine is None else torch.from_numpy(mine), None if mine is None else float(mine.sum(dtype=np.float64)),
     )  # fmt: skip

@@ -144,9 +144,10 @@ def test_collate_aligns_rows_and_targets():
     # Longest first; the last token of each is predicted but predicts nothing, so it is no input.
     assert micro.indices == [2, 0, 1] and micro.lengths == [5, 4, 1]
     assert micro.input_ids.tolist() == [8, 9, 10, 11, 12, 1, 2, 3, 4, 6] and micro.examples.tolist() == [2] * 5 + [0] * 4 + [1]
-    assert micro.rows.tolist() == [3, 4, 6, 7, 8, 9] and micro.targets.tolist() == [12, 13, 3, 4, 5, 7]
-    assert micro.sizes == [2, 3, 1] and micro.tokens == 13 and micro.weights.tolist() == [4, 5, 0, 1, 2, 3]
-    assert micro.weight_sum == 15 and micro.kept == 5
+    # The token of weight 0 is run, as others see it, but it has no row: nothing of its loss is computed.
+    assert micro.rows.tolist() == [3, 4, 7, 8, 9] and micro.targets.tolist() == [12, 13, 4, 5, 7]
+    assert micro.sizes == [2, 2, 1] and micro.tokens == 13 and micro.weights.tolist() == [4, 5, 1, 2, 3]
+    assert micro.weight_sum == 15 and micro.completions == 6
     assert collate(examples, [0], 8, None)[0].weights is None
 
 
@@ -154,9 +155,9 @@ def test_collate_covers_every_completion_token_once():
     examples = random_examples(37)
     order = torch.randperm(37).tolist()
     for size in (1, 60, 10_000):
-        micros = collate(examples, order, size, np.arange(examples.completion_offsets[-1], dtype=np.float32))
+        micros = collate(examples, order, size, 1 + np.arange(examples.completion_offsets[-1], dtype=np.float32))
         seen = torch.cat([micro.weights for micro in micros])
-        assert sorted(seen.int().tolist()) == list(range(int(examples.completion_offsets[-1])))
+        assert sorted(seen.int().tolist()) == list(range(1, 1 + int(examples.completion_offsets[-1])))
         assert [i for micro in micros for i in micro.indices] == sorted(order, key=lambda i: (-examples.lengths[i], i))
         for micro in micros:
             assert len(micro.input_ids) <= size or len(micro.indices) == 1
@@ -169,7 +170,7 @@ def test_collate_covers_every_completion_token_once():
                 assert (rows >= begin).all() and (rows < begin + length).all() and micro.input_ids[rows].tolist() == ids[start - 1 : -1]
                 assert len(rows) == count
                 assert micro.targets[at : at + count].tolist() == ids[start:]
-                assert micro.weights[at : at + count].int().tolist() == list(range(*examples.completion_offsets[i : i + 2]))
+                assert (micro.weights[at : at + count].int() - 1).tolist() == list(range(*examples.completion_offsets[i : i + 2]))
                 at, begin = at + count, begin + length
     moved = micros[0].to(torch.device("cpu"))
     assert torch.equal(moved.weights, micros[0].weights) and dataclasses.asdict(moved).keys() == dataclasses.asdict(micros[0]).keys()

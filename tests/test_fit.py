@@ -159,7 +159,7 @@ def test_weights_from_the_steps_own_losses(tmp_path):
     same, offline = spied_gradients(model, batches=batches(fixed))
     assert step.kept == same.kept == pytest.approx(fixed.mean()) and 0 < step.kept < 1
     for a, b in zip(online, offline, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_float16_overflow_is_skipped_and_training_goes_on(tmp_path):

@@ -100,8 +100,8 @@ def pretrain(model: Llama, rows: np.ndarray) -> float:
         batch = torch.from_numpy(rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP].astype(np.int64))  # (16, ROW)
         targets, chosen = batch[:, 1:].reshape(-1), list(range(len(batch)))
         return [Micro(batch[:, :-1].reshape(-1), [ROW - 1] * len(batch), torch.arange(len(batch)).repeat_interleave(ROW - 1),
-                      torch.arange(len(targets)), targets, [ROW - 1] * len(batch), chosen, torch.ones(len(targets)),
-                      float(len(targets)), len(targets))]  # fmt: skip
+                      torch.arange(len(targets)), targets, [ROW - 1] * len(batch), chosen, len(targets),
+                      torch.ones(len(targets)), float(len(targets)))]  # fmt: skip
 
     losses, start = [], time.time()
     schedule = {"floor": 0.05, "warmup": min(50, max(1, steps // 10))}
