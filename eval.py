@@ -11,23 +11,23 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.batching import Examples, collate, cut_middle, micro_tokens_of
+from data.batching import cut_middle
 from data.builtin import BUILTIN_TASKS
 from data.folder import Task, find_task, scan
 from lora.adapter import load_adapter
 from lora.layers import lora_layers, merged, remove_lora
-from masking.score import micro_nll
 from metrics.answers import score_answer
 from metrics.statistics import mean_interval, wilson_interval
 from model.attention import kernels_in_use
 from model.checkpoint import load_model
-from model.generate import generate
+from model.generate import Decoder, generate_and_score
 from model.llama import Llama
 from model.tokenizer import Tokenizer, load_tokenizer
 from study.config import Config, EvalConfig, parse, parse_eval
@@ -100,23 +100,23 @@ def choose_tasks(datasets: str | None, data_root: str, builtin_model: bool, stri
 
 def score_task(
     model: Llama, tokenizer: Tokenizer, task: Task, *, max_test: int | None = None, max_length: int = 2048,
-    batch_size: int = 64, max_new_tokens: int | None = None, quiet: bool = False,
+    batch_size: int = 64, max_new_tokens: int | None = None, quiet: bool = False, merge: bool = True, decoder: Decoder | None = None,
 ) -> list[dict]:  # fmt: skip
     """One dict per test item: prompt, output, extracted, gold, exact_match and the other scores, answer_nll, group.
 
-    Greedy decoding with the adapter merged into scratch weights. answer_nll: mean nll of the reference answer's tokens
-    (its end token included), in nats.
+    Greedy decoding with the adapter merged into scratch weights, or beside them without merge. answer_nll: mean nll of the
+    reference answer's tokens (its end token included), in nats. decoder: see model.generate.
     """
     records = task.test[:max_test]
     prompts = [tokenizer.render_prompt(record.prompt) for record in records]
     prompts = [ids if len(ids) <= max_length else cut_middle(ids, max_length) for ids in prompts]
-    was_training = model.training
-    model.eval()
-    with merged(model), progress(2 * len(records), f"score {task.name}", "items", enabled=not quiet) as bar:
-        outputs = generate(model, prompts, max_new_tokens or task.max_new_tokens, tokenizer.stop_ids, batch_size, bar.update)
-        pairs = [(ids, tokenizer.render_answer(record.answer)) for ids, record in zip(prompts, records, strict=True)]
-        losses = answer_losses(model, pairs, batch_size, bar.update)
-    model.train(was_training)
+    answers = [tokenizer.render_answer(record.answer) for record in records]
+    new, stops = max_new_tokens or task.max_new_tokens, tokenizer.stop_ids
+    with (
+        merged(model) if merge else nullcontext(),
+        progress(len(records), f"score {task.name}", "items", enabled=not quiet) as bar,
+    ):
+        outputs, losses = generate_and_score(model, prompts, answers, new, stops, batch_size, bar.update, decoder)
     items = []
     for record, ids, output, loss in zip(records, prompts, outputs, losses, strict=True):
         text = tokenizer.decode(output).strip()
@@ -127,18 +127,16 @@ def score_task(
     return items
 
 
-@torch.inference_mode()
-def answer_losses(model: Llama, pairs: list[tuple[list[int], list[int]]], batch_size: int, on_done=None) -> list[float]:
-    """Mean nll of each answer given its prompt, both as ids."""
-    examples = Examples.from_pairs(pairs)
-    losses = [0.0] * len(pairs)
-    for micro in collate(examples, list(range(len(pairs))), micro_tokens_of(None, model.device), None):
-        nll = micro_nll(model, micro.to(model.device))
-        for i, part in zip(micro.indices, nll.double().split(micro.sizes), strict=True):
-            losses[i] = part.mean().item()
-        if on_done:
-            on_done(len(micro.indices))
-    return losses
+def differences_of(items: list[dict], others: list[dict]) -> dict:
+    """How far two scorings of the same items are apart: other outputs, other answers, right or wrong changed, largest step in nll."""
+    pairs = list(zip(items, others, strict=True))
+    return {
+        "n": len(pairs),
+        "outputs": sum(a["output"] != b["output"] for a, b in pairs),
+        "answers": sum(a["extracted"] != b["extracted"] for a, b in pairs),
+        "flips": sum(a["exact_match"] != b["exact_match"] for a, b in pairs),
+        "answer_nll": max((abs(a["answer_nll"] - b["answer_nll"]) for a, b in pairs), default=0.0),
+    }
 
 
 def summarise(items: list[dict]) -> list[dict]:
@@ -183,6 +181,7 @@ def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, T
     wide = max((len(run.folder) if run else 4 for run in by_run), default=0)
     if by_run:
         print("exact match after each run, on the tasks it concerns")
+    decoder = Decoder(subject.model, config.evaluation.batch_size)  # one cache for all cells
     for number, (run, names) in enumerate(by_run.items(), 1):
         began, told = time.perf_counter(), []
         if run is None:
@@ -192,7 +191,7 @@ def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, T
         for name in names:
             items = score_task(
                 subject.model, subject.tokenizer, tasks[name], max_test=config.max_test, max_length=config.max_length,
-                batch_size=config.evaluation.batch_size, max_new_tokens=config.evaluation.max_new_tokens,
+                max_new_tokens=config.evaluation.max_new_tokens, decoder=decoder,
             )  # fmt: skip
             write_jsonl(cell_file(tree, run, name), items)
             told.append(f"{name} {np.mean([item['exact_match'] for item in items]):6.1%}")
@@ -287,19 +286,25 @@ def evaluate_model(arguments: EvalConfig) -> None:
     if arguments.adapter:
         load_adapter(subject.model, arguments.adapter)
         print(f"adapter    {arguments.adapter} on {len(lora_layers(subject.model))} linears")
-    rows, results = [], []
+    rows, results, unmerged = [], [], {}
+    settings = {"max_test": arguments.max_test, "batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
     for task in tasks.values():
-        items = score_task(subject.model, subject.tokenizer, task, max_test=arguments.max_test,
-                           batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)  # fmt: skip
+        items = score_task(subject.model, subject.tokenizer, task, **settings)
         for row in summarise(items):
             results.append({"model": arguments.model, "adapter": arguments.adapter, "task": task.name, **row})
             interval = f"{row['low']:.3f} to {row['high']:.3f}"
             rows.append([task.name, row["metric"], f"{row['value']:.3f}", interval, row["n"], row["unparsed"]])
         if arguments.out:
             write_jsonl(Path(arguments.out) / "eval" / f"{task.name}.jsonl", items)
+        if arguments.no_merge:
+            others = score_task(subject.model, subject.tokenizer, task, **settings, merge=False)
+            unmerged[task.name] = differences_of(items, others)
     print(format_table(rows, ["task", "metric", "value", "95 % interval", "n", "unparsed"]))
+    for name, found in unmerged.items():
+        told = f"{found['outputs']} of {found['n']} outputs, {found['answers']} answers and {found['flips']} verdicts"
+        print(f"unmerged   {name}: {told} differ; answer_nll by at most {found['answer_nll']:.2g}")
     if arguments.out:
-        write_json(Path(arguments.out) / "eval_results.json", {"results": results})
+        write_json(Path(arguments.out) / "eval_results.json", {"results": results, **({"unmerged": unmerged} if unmerged else {})})
         print(f"results    {Path(arguments.out) / 'eval_results.json'}")
 
 

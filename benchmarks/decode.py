@@ -9,8 +9,8 @@ process, round by round. transformers gets its prompts sorted by length and padd
 the time, new tokens alone in tokens/s.
 
     fixed    every prompt gets all its new tokens: no token ends a sequence
-    stops    four times the prompts, and ids that end sequences, picked from what the model says so that lengths spread evenly over
-             the range: a finished sequence's slot is filled with the next prompt, where transformers waits for its batch's longest
+    stops    more prompts than slots, and ids that end sequences, picked from what the model says so that their mean length is
+             half the limit: a finished sequence's slot takes the next prompt, where transformers waits for its batch's longest
 
 On CUDA a step's time is that of a whole run less one with a single new token; its bound counts the weights and the cache at the
 device's bandwidth, and the arithmetic at its rate (--bandwidth, --flops; an H200 by default):
@@ -48,14 +48,15 @@ class Settings:
     new_tokens: int
     batch_sizes: tuple[int, ...]  # of ours; the last is the one that counts
     peer_batch_sizes: tuple[int, ...]  # the first is the reference, the best is sought among all
+    stop_prompts: int  # of the part with stops
     rounds: int
     seed: int = 0
 
 
 PRESETS = {
-    "cpu": Settings(replace(SHAPES["cpu"], vocabulary=4096), "cpu", "float32", 64, (16, 96), 64, (64,), (16, 32, 64), 5),
-    "1b": Settings(SHAPES["1b"], "cuda", "bfloat16", 512, (128, 128), 128, (64, 256, 512), (64, 256, 512), 3),
-    "toy": Settings(replace(SHAPES["toy"], vocabulary=512), "cpu", "float32", 8, (4, 12), 6, (8,), (4, 8), 2),
+    "cpu": Settings(replace(SHAPES["cpu"], vocabulary=4096), "cpu", "float32", 64, (16, 96), 64, (64,), (16, 32, 64), 256, 5),
+    "1b": Settings(SHAPES["1b"], "cuda", "bfloat16", 512, (128, 128), 128, (64, 256, 512), (64, 256), 512, 2),
+    "toy": Settings(replace(SHAPES["toy"], vocabulary=512), "cpu", "float32", 8, (4, 12), 6, (8,), (4, 8), 32, 2),
 }
 
 
@@ -86,7 +87,7 @@ def peer_generate(peer, prompts: list[list[int]], new: int, stops: list[int], ba
 
 
 def scripted_stops(outputs: list[list[int]], new: int) -> list[int]:
-    """Ids that end these outputs at lengths spread over 1 … new: each in turn is one that moves the mean nearest to the middle."""
+    """Ids that end these outputs at half of `new` tokens on average, at most."""
     stops: set[int] = set()
     while True:
         lengths = [next((k for k, token in enumerate(ids) if token in stops), len(ids)) for ids in outputs]
@@ -155,8 +156,8 @@ def step_bound(shape: Shape, batch: int, context: float, bandwidth: float, flops
 def run(settings: Settings, arguments: argparse.Namespace) -> dict:
     device, new = settings.device, settings.new_tokens
     dtype = getattr(torch, settings.dtype)
-    more = ragged_prompts(settings, 4 * settings.prompts)
-    prompts = more[: settings.prompts]
+    more = ragged_prompts(settings, max(settings.prompts, settings.stop_prompts))
+    prompts, more = more[: settings.prompts], more[: settings.stop_prompts]
     peer = None
     with tempfile.TemporaryDirectory() as folder:
         weights = write_model(settings.shape, Path(folder), settings.seed)

@@ -44,9 +44,9 @@ def error(result: object, exact: Tensor) -> float:
 @contextmanager
 def twins():
     """Within it CUDA tensors take the PyTorch form, which is what the kernel is measured against."""
-    from kernels import layers, low_rank
+    from kernels import decode_attention, layers, low_rank
 
-    modules = (layers, low_rank)
+    modules = (decode_attention, layers, low_rank)
     for module in modules:
         module.use_triton = lambda tensor: False
     try:

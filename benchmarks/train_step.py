@@ -129,7 +129,9 @@ def grouped_plan(examples: Examples, settings: Settings) -> list[list[int]]:
     batches = [order[at : at + settings.per_step].tolist() for at in range(0, len(order) - settings.per_step + 1, settings.per_step)]
 
     def picks(rounds: int, steps: int) -> list[list[int]]:
-        return [batches[int((s * rounds + r + 0.5) * len(batches) / (rounds * steps))] for r in range(rounds) for s in range(steps)]
+        """One batch of each of `steps` stretches a round; alternately from its ends, so that no round gets all the long ones."""
+        places = [[s * rounds + (r if s % 2 == 0 else rounds - 1 - r) for s in range(steps)] for r in range(rounds)]
+        return [batches[int((place + 0.5) * len(batches) / (rounds * steps))] for row in places for place in row]
 
     return (picks(1, settings.warmup) if settings.warmup else []) + picks(settings.rounds, settings.steps)
 
@@ -209,6 +211,8 @@ class Peer:
 
             apply_liger_kernel_to_llama()
         model = AutoModelForCausalLM.from_pretrained(Path(s.folder) / "model", dtype=s.torch_dtype).to(s.device)
+        for parameter in model.parameters():
+            parameter.flatten()[::512].sum()  # weights that are still in the mapped file count as loaded
         self.memory = common.Memory(s.device)
         model.config.use_cache = False
         lora = LoraConfig(r=s.rank, lora_alpha=s.rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -419,7 +423,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     gpu = device == "cuda"
     base = {
         "cpu": dict(
-            dtype="float32", batch_size=16, accumulation=1, warmup=1, steps=3, rounds=3, parity_steps=20, parity_examples=4, learning_rate=1e-3,
+            dtype="float32", batch_size=16, accumulation=1, warmup=1, steps=3, rounds=3, parity_steps=20, parity_examples=4,
+            learning_rate=1e-3,
         ),
         "1b": dict(
             dtype="bfloat16", batch_size=16, accumulation=4 if gpu else 1, warmup=20 if gpu else 0, steps=17 if gpu else 1,

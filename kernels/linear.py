@@ -68,38 +68,52 @@ def swiglu_linear(gate_up: Tensor, weight: Joined, addition: Addition | None = N
 
 def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm(x + residual) alone, for the end of the model."""
+    if not torch.is_grad_enabled():
+        return layers.add_rms_norm(x, residual, weight, eps)[0]
     return _Norm.apply(x, residual, weight, eps)
 
 
 def rotate(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on the first `heads` heads of qkv (T, n * D), in place; cos, sin (T, D / 2) float32."""
+    if not torch.is_grad_enabled():
+        layers.rotate_(qkv.view(len(qkv), -1, 2 * cos.shape[-1])[:, :heads], cos, sin)
+        return qkv
     return _Rotate.apply(qkv, heads, cos, sin)
 
 
 def _apply(before, source, residual, norm_weight, eps, weight: Joined, addition: Addition | None, row_keys):
-    parts, factors = weight.parts, addition.factors if addition else ()
-    meta = (before, eps, weight.whole, len(parts), addition, row_keys)
-    return _Linear.apply(meta, source, residual, norm_weight, weight.bias, *parts, *factors)
+    factors = addition.factors if addition else ()
+    if not torch.is_grad_enabled():  # the same arithmetic without autograd's bookkeeping, which decoding would feel
+        y, source, *_ = _forward(before, eps, weight.whole, source, residual, norm_weight, weight.bias, addition, factors, row_keys)
+        return (y, source) if before == "norm" else y
+    meta = (before, eps, weight.whole, len(weight.parts), addition, row_keys)
+    return _Linear.apply(meta, source, residual, norm_weight, weight.bias, *weight.parts, *factors)
+
+
+def _forward(before, eps, whole, source, residual, norm_weight, bias, addition, factors, keys):
+    """y, what the backward pass starts from (the sum, for a norm), rstd, and the rank-r products."""
+    rstd = low = None
+    if before == "norm":
+        x, source, rstd = layers.add_rms_norm(source, residual, norm_weight, eps)
+    else:
+        x = layers.swiglu(source) if before == "swiglu" else source
+    y = F.linear(x, whole, bias)
+    if addition:
+        A = torch.cat(factors[::2])  # (sum of ranks, in)
+        low = thin(x, A, addition.spans, addition.dropout, keys)  # (T, sum of ranks)
+        for span, (a, b), scale, B in zip(addition.spans, addition.columns, addition.scales, factors[1::2], strict=True):
+            y[:, a:b].addmm_(low[:, span.start : span.stop], B.T, alpha=scale)
+    return y, source, rstd, low
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, meta, source, residual, norm_weight, bias, *tensors):
         before, eps, whole, n_parts, addition, keys = meta
-        rstd = None
-        if before == "norm":
-            x, source, rstd = layers.add_rms_norm(source, residual, norm_weight, eps)  # source is the sum from here on
-        else:
-            x = layers.swiglu(source) if before == "swiglu" else source
-        y = F.linear(x, whole, bias)
-        low = None
-        if addition:
-            A = torch.cat(tensors[n_parts::2])  # (sum of ranks, in)
-            low = thin(x, A, addition.spans, addition.dropout, keys)  # (T, sum of ranks)
-            for span, (a, b), scale, B in zip(addition.spans, addition.columns, addition.scales, tensors[n_parts + 1 :: 2], strict=True):
-                y[:, a:b].addmm_(low[:, span.start : span.stop], B.T, alpha=scale)
+        factors = tensors[n_parts:]
+        y, source, rstd, low = _forward(before, eps, whole, source, residual, norm_weight, bias, addition, factors, keys)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(source, rstd, norm_weight, low, keys, *tensors[n_parts:])
+        ctx.save_for_backward(source, rstd, norm_weight, low, keys, *factors)
         ctx.meta = before, whole, [part.shape[0] for part in tensors[:n_parts]], addition
         return (y, source) if before == "norm" else y
 

@@ -22,6 +22,7 @@ from model.llama import Llama
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # batch sizes that are captured as CUDA graphs
 POLL = {"cpu": 1, "cuda": 16}  # steps between two looks of the host; on CPU a look costs nothing
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}  # of prompts in one pass
+REFILL = 16  # slots wait idle until this share, one in so many, can be filled in one pass
 ROOM_STEP = 64  # sizes of the cache are multiples, so that it is seldom made anew
 
 
@@ -65,8 +66,9 @@ class Decoder:
             raise ValueError(f"at least one sequence at a time, not {slots}")
         self.model, self.slots = model, slots
         self.cache: KVCache | None = None
+        self.captures = model.device.type == "cuda"
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by how many slots they compute
-        self.addresses: list[int] = []  # of the weights that the graphs read
+        self.captured: tuple = ()  # the adapter and the weights' addresses that the graphs know
 
     @torch.inference_mode()
     def run(
@@ -111,13 +113,13 @@ class Decoder:
         step, poll = 0, POLL[self.model.device.type]
         while waiting or running:
             free = [slot for slot in range(width) if slot not in running]
-            if waiting and free:
+            if waiting and len(free) * REFILL >= width:
                 began = dict(zip(free, waiting, strict=False))
                 waiting = waiting[len(began) :]
                 self._fill(began, prompts, answers, losses)
                 running |= began
                 ahead |= {slot: len(prompts[i]) - step for slot, i in began.items()}
-            if (narrower := self._width(len(running))) < width:
+            if not waiting and (narrower := self._width(len(running))) < width:
                 width = narrower
                 moved = self._shrink(list(running), width)
                 running, ahead = ({moved.get(slot, slot): x for slot, x in of.items() if slot in running} for of in (running, ahead))
@@ -129,19 +131,20 @@ class Decoder:
             runs = self.runs[:width].tolist()
             ended = [slot for slot in running if not runs[slot]]
             if ended:
+                self.cache.lengths[ended] = 1  # an idle slot is computed too until it is filled, as cheaply as can be
                 for slot, count, ids in zip(ended, self.counts[ended].tolist(), self.emitted[ended].tolist(), strict=True):
                     outputs[running.pop(slot)] = ids[:count]
                 if on_done:
                     on_done(len(ended))
 
     def _width(self, count: int) -> int:
-        """How many slots a step computes for `count` sequences: as many, or on CUDA the next size that is captured."""
-        if self.model.device.type == "cpu":
+        """How many slots a step computes for `count` sequences: as many, or the next size that is captured."""
+        if not self.captures:
             return min(count, self.slots)
         return min([size for size in BUCKETS if count <= size < self.slots], default=self.slots)
 
     def _prepare(self, longest: int, limit: int, stop_ids: list[int], width: int) -> None:
-        """Makes or reuses the cache, the state on the device, and on CUDA the graphs."""
+        """Makes or reuses the cache, the state on the device, and the graphs."""
         device = self.model.device
         if self.cache is None or self.cache.room < longest + limit or self.emitted.shape[1] <= limit:
             self.cache, self.graphs = None, {}  # freed before the next is made
@@ -157,7 +160,7 @@ class Decoder:
         self.runs.fill_(False)
         self.cache.lengths.fill_(1)
         self.limit.fill_(limit)
-        if device.type == "cuda":
+        if self.captures:
             self._capture(width)
 
     def _fill(self, began: dict[int, int], prompts, answers, losses) -> None:
@@ -186,10 +189,10 @@ class Decoder:
             self.counts[slot], self.runs[slot] = goes.long(), goes & (self.limit > 1)
 
     def _step(self, width: int, longest: int) -> None:
-        if width in self.graphs:
+        if self.captures:
             self.graphs[width].replay()
         else:
-            self._advance(width, longest if self.model.device.type == "cpu" else self.cache.room)
+            self._advance(width, longest)
 
     def _advance(self, width: int, seen: int) -> None:
         """One more token for each of the first `width` slots; one that has ended writes where nothing is read."""
@@ -218,8 +221,8 @@ class Decoder:
 
     def _capture(self, widest: int) -> None:
         """Captures the step for every size up to `widest` that has no graph yet. Nothing runs: what it writes is never read."""
-        if self.addresses != [parameter.data_ptr() for parameter in self.model.parameters()]:
-            self.graphs = {}  # they would read the old weights
+        if self.captured != self._weights():
+            self.graphs = {}  # they would read the old ones
         for width in sorted({*(size for size in BUCKETS if size < widest), widest} - set(self.graphs), reverse=True):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -231,8 +234,11 @@ class Decoder:
             with torch.cuda.graph(graph, pool=first.pool() if first else None):
                 self._advance(width, self.cache.room)
             self.graphs[width] = graph
-        # The first pass may have joined weights into one block.
-        self.addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+        self.captured = self._weights()  # only now: the first pass may have joined weights into one block
+
+    def _weights(self) -> tuple:
+        # The adapter itself and not only its addresses, which another one may get after it.
+        return self.model.adapter, [parameter.data_ptr() for parameter in self.model.parameters()]
 
 
 def _packs(sizes: dict[int, int], budget: int) -> list[list[int]]:

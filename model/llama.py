@@ -48,12 +48,14 @@ class Block(nn.Module):
         super().__init__()
         for name, (inputs, outputs) in shapes.items():
             self.add_module(name, Linear(inputs, outputs, bias=bias))
-        self._joined: dict[str, tuple[tuple[int, ...], Joined]] = {}
+        names = {group: [name for name in members if name in shapes] for group, members in GROUPS.items()}
+        self._groups = {group: [getattr(self, name) for name in members] for group, members in names.items() if members}
+        self._joined: dict[str, tuple[list[int], Joined]] = {}
 
     def joined(self, group: str) -> Joined:
         """The weights of a group as one matrix whose rows they are. Where they lie apart (just loaded or moved) they are joined."""
-        linears = [getattr(self, name) for name in GROUPS[group]]
-        places = tuple(module.weight.data_ptr() for module in linears)
+        linears = self._groups[group]
+        places = [module._parameters["weight"].data_ptr() for module in linears]
         if group not in self._joined or self._joined[group][0] != places:
             with torch.inference_mode(False), torch.no_grad():
                 whole = linears[0].weight.detach()
@@ -61,7 +63,7 @@ class Block(nn.Module):
                     whole = torch.cat([module.weight.detach() for module in linears])
                     for module, rows in zip(linears, whole.split([module.out_features for module in linears]), strict=True):
                         module.weight.data = rows
-            places = tuple(module.weight.data_ptr() for module in linears)
+            places = [module.weight.data_ptr() for module in linears]
             self._joined[group] = places, Joined(whole, tuple(module.weight for module in linears), None)
         found = self._joined[group][1]
         return found if linears[0].bias is None else found._replace(bias=torch.cat([module.bias for module in linears]))

@@ -124,9 +124,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    arms: dict[str, dict] | None = opt(
-        None, "YAML only: stage-2 settings of one arm, {bottom10: {learning_rate: 2e-5}}"
-    )
+    arms: dict[str, dict] | None = opt(None, "YAML only: stage-2 settings of one arm, {bottom10: {learning_rate: 2e-5}}")
     sources: tuple = field(default=(), init=False, repr=False, compare=False)
 
 
@@ -146,6 +144,7 @@ class EvalConfig:
     template: Literal["auto", "llama3", "llama3-bare", "plain"] = opt("auto", "prompt template")
     out: str | None = opt(None, "where the results of --model go", SOME_TEXT)
     replot: bool = opt(False, "draw again from the stored results, score nothing")
+    no_merge: bool = opt(False, "with --adapter: score once more with the adapter beside the weights, and say what differs")
     sources: tuple = field(default=(), init=False, repr=False, compare=False)
 
 
@@ -207,6 +206,8 @@ def parse_eval(argv: list[str]) -> EvalConfig:
     config = build(EvalConfig, [read_yaml(path, EvalConfig) for path in files] + [given])
     if config.adapter and not config.model:
         raise LetheError("--adapter needs --model: the model that the adapter was trained on")
+    if config.no_merge and not config.adapter:
+        raise LetheError("--no_merge needs --adapter: it compares an adapter merged into the weights with the same beside them")
     if config.out and not config.model:
         if config.root:
             raise LetheError("--root and --out both name a study; give one of them (with --model, --out takes the results)")

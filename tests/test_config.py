@@ -144,18 +144,12 @@ def test_yaml_niceties(tmp_path):
     )
     config = parse(["--config", path])
     assert config.datasets == "a,b" and parse_seeds(config) == [3] and config.out == "2026" and config.max_length == 64
-    assert (
-        config.training.stage1.epochs == 9
-        and config.training.stage2.epochs == 3
-        and config.masking.threshold == float("inf")
-    )
+    assert config.training.stage1.epochs == 9 and config.training.stage2.epochs == 3 and config.masking.threshold == float("inf")
     assert parse_seeds(parse(["--seeds", "2, 0,2"])) == [2, 0] and parse_seeds(parse(["--seed", "5"])) == [5]
 
 
 def test_resolved_config_reads_back(tmp_path):
-    config = parse(
-        ["--config", str(CONFIGS / "seed_masking.yaml"), "--lora_targets", "q_proj", "--pairs", "gsm8k:svamp"]
-    )
+    config = parse(["--config", str(CONFIGS / "seed_masking.yaml"), "--lora_targets", "q_proj", "--pairs", "gsm8k:svamp"])
     assert parse(["--config", write(tmp_path, config_text(config))]) == config
 
 
@@ -173,6 +167,7 @@ def test_eval_flags_and_help(capsys):
     assert (config.root, config.tasks, config.batch_size, config.replot) == ("out/nano", "gsm8k", 3, True)
     for argv, words in (
         (["--adapter", "x"], "--model"),
+        (["--model", "x", "--no_merge"], "--adapter"),
         (["--root", "a", "--model", "b"], "one of them"),
         (["--learning_rate", "1"], "unknown flag"),
         (["--dtype", "fp8"], "one of auto"),

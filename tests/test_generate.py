@@ -2,6 +2,8 @@
 
 import math
 import sys
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from kernels import decode_attention_triton
 from lora import add_lora
+from lora.layers import merged
 from model import load_model
 from model.cache import Decode, KVCache, Prefill
 from model.generate import Decoder, generate, generate_and_score
@@ -85,19 +88,92 @@ def test_how_prompts_are_packed_changes_nothing(model, monkeypatch):
         assert generate(model, prompts, 8, [], batch_size=4) == expected
 
 
-@pytest.mark.parametrize("poll", [2, 5, 16])
-def test_a_rare_look_at_the_flags_changes_nothing(model, monkeypatch, poll):
-    """As on CUDA: sequences that ended go on for a while, and batches have the sizes of BUCKETS."""
+class FakeGraph:
+    """Stands in for a CUDA graph: holds the step that it captured, which does not run then, and runs it when replayed."""
+
+    capturing = None
+    captured: list[int] = []
+
+    def __init__(self):
+        self.steps = []
+
+    def pool(self):
+        return (0, 0)
+
+    def replay(self):
+        for step in self.steps:
+            step()
+
+    @classmethod
+    @contextmanager
+    def capture(cls, graph, pool=None):
+        cls.capturing = graph
+        yield
+        cls.capturing = None
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Decoders on CPU go the way of CUDA: steps of the sizes in BUCKETS, captured once, and rare looks at the flags."""
+    advance, init = Decoder._advance, Decoder.__init__
+
+    def advance_or_capture(self, width, seen):
+        if FakeGraph.capturing is None:
+            return advance(self, width, seen)
+        FakeGraph.capturing.steps.append(lambda: advance(self, width, seen))
+        FakeGraph.captured.append(width)
+
+    def capturing_init(self, model, slots=64):
+        init(self, model, slots)
+        self.captures = True
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    fakes = {"CUDAGraph": FakeGraph, "graph": FakeGraph.capture, "Stream": lambda: stream, "current_stream": lambda: stream}
+    for name, fake in {**fakes, "stream": lambda _: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Decoder, "_advance", advance_or_capture)
+    monkeypatch.setattr(Decoder, "__init__", capturing_init)
+    monkeypatch.setattr(generation, "BUCKETS", (1, 2, 4, 8))
+    monkeypatch.setattr(FakeGraph, "captured", [])
+    return FakeGraph.captured
+
+
+@pytest.mark.parametrize("poll", [1, 5, 16])
+def test_captured_steps_and_rare_looks_change_nothing(model, monkeypatch, request, poll):
+    """Sequences that ended go on for a while, and steps compute idle slots."""
     prompts = ragged(20)
     free = generate(model, prompts, 24, [])
     stops = {free[0][3], free[5][10], free[9][0]}
     expected = generate(model, prompts, 24, stops)
+    request.getfixturevalue("graphs")
     monkeypatch.setitem(generation.POLL, "cpu", poll)
-    monkeypatch.setattr(generation, "BUCKETS", (1, 2, 4, 8))
-    monkeypatch.setattr(Decoder, "_width", lambda self, n: min([b for b in generation.BUCKETS if n <= b < self.slots], default=self.slots))
-    monkeypatch.setattr(Decoder, "_step", lambda self, width, _: self._advance(width, self.cache.room))
     for batch in (1, 3, 8, 32):
         assert generate(model, prompts, 24, stops, batch_size=batch) == expected
+
+
+def test_graphs_are_captured_once(model, graphs):
+    prompts, decoder = ragged(7), Decoder(model, 6)
+    add_lora(model, 4, 8)
+    train_some(model)
+
+    def output(count=7, stops=(), decoder=decoder):
+        return generate(model, prompts[:count], 6, stops, decoder=decoder)
+
+    assert output(2) == output(2, decoder=Decoder(model, 2)) and graphs[:2] == [2, 1]
+    del graphs[:]
+    first = output()
+    assert graphs == [6, 4]  # those that were missing
+    assert output() == first and graphs == [6, 4]
+    del graphs[:]
+    with merged(model):  # in place, but without the adapter beside the weights
+        assert output() == first and graphs == [6, 4, 2, 1]
+    del graphs[:]
+    load = model.adapter
+    add_lora(model, 4, 8)
+    assert model.adapter is not load and output() != first and graphs == [6, 4, 2, 1]
+    del graphs[:]
+    output(stops=[first[0][2]])
+    assert graphs == [6, 4, 2, 1]
 
 
 def test_a_decoder_is_used_again(model):

@@ -201,10 +201,11 @@ def everything(module, T, H, dtype, weight_grad=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_triton_equals_its_twin(shape, dtype):
-    # In bfloat16 the interpreter rounds towards zero: three such roundings are as much as 3 units of 2^-7.
-    bound = CLOSE if dtype == torch.float32 else {"rtol": 2**-5, "atol": 2**-6}
     for twin, kernel in zip(*(everything(module, *shape, dtype) for module in (layers, layers_triton)), strict=True):
-        torch.testing.assert_close(kernel, twin, **bound)
+        if dtype == torch.float32:
+            torch.testing.assert_close(kernel, twin, **CLOSE)
+        else:  # the interpreter cuts bfloat16 off where a GPU rounds it, three times over
+            assert kernel.dtype == twin.dtype and (kernel.double() - twin.double()).norm() <= 2**-6 * twin.double().norm() + 1e-6
 
 
 def test_triton_weight_gradient_over_several_programs(monkeypatch):

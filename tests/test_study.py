@@ -298,6 +298,20 @@ def test_eval_of_any_model_and_adapter(finished, tiny, tmp_path, capsys):
     assert {row["metric"] for row in rows} >= METRICS and all(row["adapter"] == str(run) for row in rows)
     assert evaluation.main(command) == 0  # without: the base
     assert read_jsonl(tmp_path / "eval/mini_svamp.jsonl") == read_jsonl(finished / "base/eval/mini_svamp.jsonl")
+    assert "unmerged" not in read_json(tmp_path / "eval_results.json")
+
+
+def test_an_adapter_beside_the_weights_answers_alike(finished, tiny, tmp_path, capsys):
+    command = ["--model", tiny, "--tasks", "mini_svamp", "--max_test", "6", "--max_new_tokens", "8", "--device", "cpu"]
+    command += ["--out", str(tmp_path), "--adapter", str(finished / "lora_base/mini_svamp"), "--no_merge"]
+    assert evaluation.main(command) == 0
+    found = read_json(tmp_path / "eval_results.json")["unmerged"]["mini_svamp"]
+    assert (found["n"], found["outputs"], found["answers"], found["flips"]) == (6, 0, 0, 0) and 0 < found["answer_nll"] < 1e-4
+    assert "0 of 6 outputs, 0 answers and 0 verdicts differ" in capsys.readouterr().out
+    one = {"output": "A", "extracted": "a", "exact_match": True, "answer_nll": 1.0}
+    other = {"output": "B", "extracted": None, "exact_match": False, "answer_nll": 1.5}
+    told = evaluation.differences_of([one, one, one], [one, {**one, "output": "C"}, other])
+    assert told == {"n": 3, "outputs": 2, "answers": 1, "flips": 1, "answer_nll": 0.5}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
