@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from lora import add_lora
 from lora.layers import dropout_keys, lora_parameters
-from model import generate, load_model
+from model import load_model
 from model.config import LlamaConfig, rotary_frequencies
 from study.errors import LetheError
 
@@ -115,65 +115,6 @@ def test_a_tied_file_may_repeat_its_head(tmp_path):
     folder = write_folder(tmp_path / "doubled", weights={**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     ids = tokens(2, 20)
     assert torch.equal(logits(load_model(folder), ids), logits(plain, ids))
-
-
-def ragged_prompts(count=16):
-    lengths = torch.randint(1, 40, (count,), generator=torch.Generator().manual_seed(5)).tolist()
-    return [tokens(n, seed=i).tolist() for i, n in enumerate(lengths)]
-
-
-@torch.no_grad()
-def peer_tokens(model, prompts, new, stops, batch):
-    """transformers' greedy generate, prompts padded on the left, cut at the first stop id."""
-    results = []
-    for at in range(0, len(prompts), batch):
-        chunk = prompts[at : at + batch]
-        longest = max(map(len, chunk))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in chunk])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in chunk])
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=stops or None, pad_token_id=0)
-        for row in out[:, longest:].tolist():
-            cut = next((i for i, token in enumerate(row) if token in stops), len(row))
-            results.append(row[:cut])
-    return results
-
-
-@pytest.mark.parametrize("shape", ["llama2", "llama3.2", "biases"])
-def test_greedy_tokens_equal_those_of_transformers(tmp_path, shape):
-    folder = write_folder(tmp_path, raw_config(**SHAPES[shape]))
-    ours, theirs, prompts = load_model(folder), peer(folder), ragged_prompts()
-    free = generate(ours, prompts, 24, [])
-    assert all(len(ids) == 24 for ids in free)
-    # Stop ids that these continuations really meet, early and late.
-    stops = sorted({free[0][3], free[5][10], free[9][0]})
-    expected = peer_tokens(theirs, prompts, 24, stops, 1)
-    assert {len(ids) for ids in expected} != {24} and [] in expected
-    for batch in (1, 5, 16):
-        assert generate(ours, prompts, 24, set(stops), batch_size=batch) == expected
-    assert peer_tokens(theirs, prompts, 24, stops, 16) == expected
-
-
-def test_generate_edges(tmp_path):
-    model = tiny_model(tmp_path)
-    prompts = ragged_prompts(5)
-    heard = []
-    long = generate(model, prompts, 6, [], batch_size=2, on_done=heard.append)
-    assert heard == [2, 2, 1]
-    assert generate(model, prompts, 2, []) == [ids[:2] for ids in long]
-    assert generate(model, prompts, 0, []) == [[]] * 5 and generate(model, [], 4, []) == []
-    with pytest.raises(ValueError, match="prompt is empty"):
-        generate(model, [[1], []], 4, [])
-
-
-def test_generate_is_without_dropout(tmp_path):
-    model = tiny_model(tmp_path)
-    add_lora(model, 4, 8, dropout=0.5)
-    train_some(model)
-    prompts = ragged_prompts(4)
-    expected = generate(model, prompts, 8, [])
-    model.train()
-    assert generate(model, prompts, 8, []) == expected
-    assert model.training and all(module.training for module in model.modules())
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
