@@ -145,9 +145,10 @@ def _walk(block: Tensor, weight: Tensor, expectation: bool = False, statistics: 
     mean = torch.zeros(block.shape) if expectation else None  # sum of exp(z - top) w
     weighted = torch.zeros(rows) if statistics else None  # sum of exp(z - top) (z - top)
     argmax = torch.zeros(rows, dtype=torch.long) if statistics else None
+    logits = torch.empty(rows * min(TILE[0], len(weight)), dtype=block.dtype)  # one piece of memory for all tiles
     for start in range(0, len(weight), TILE[0]):
         tile = weight[start : start + TILE[0]]  # (t, H)
-        z = (block @ tile.T).float()  # (C, t)
+        z = torch.mm(block, tile.T, out=logits[: rows * len(tile)].view(rows, len(tile))).float()  # (C, t)
         tile_top, where = z.max(-1) if statistics else (z.amax(-1), None)
         new_top = torch.maximum(top, tile_top)
         shift = top - new_top  # 0 or below; -inf at the first tile

@@ -281,7 +281,7 @@ def test_a_training_step_with_triton_equals_the_twins(tmp_path, monkeypatch):
         after.append(([step.loss for step in steps], [p.detach().clone() for p in lora_parameters(model)]))
     assert after[0][0] == pytest.approx(after[1][0], rel=1e-6) and after[0][0][1] < after[0][0][0]
     for one, other in zip(after[0][1], after[1][1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # AdamW moves by 1e-2 whatever the size of a gradient
 
 
 COMPILE = """
