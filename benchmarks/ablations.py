@@ -59,8 +59,8 @@ def padded(examples: Examples, indices: list[int]) -> Examples:
 
 
 ABLATIONS: dict[str, Callable[[], None]] = {
-    "ours, full logits": full_logits,
-    "ours, plain modules": plain_modules,
-    "ours, padded": lambda: None,  # of the data, see train_step.Ours
-    "ours, no dropout": lambda: None,
+    "full_logits": full_logits,
+    "plain_modules": plain_modules,
+    "padded": lambda: None,  # of the data, see train_step.Ours
+    "no_dropout": lambda: None,
 }

@@ -9,7 +9,7 @@ process, round by round. transformers gets its prompts sorted by length and padd
 the time, new tokens alone in tokens/s.
 
     fixed    every prompt gets all its new tokens: no token ends a sequence
-    stops    more prompts than slots, and ids that end sequences, picked from what the model says so that their mean length is
+    stops    more prompts than slots, and ids that end sequences, picked from what the model says so that the mean length is
              half the limit: a finished sequence's slot takes the next prompt, where transformers waits for its batch's longest
 
 On CUDA a step's time is that of a whole run less one with a single new token; its bound counts the weights and the cache at the
@@ -20,6 +20,7 @@ max(weight bytes / bandwidth, batch * 2 * parameters / rate) + cache bytes / ban
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -32,9 +33,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, from anywhere
 
-from benchmarks.common import SHAPES, Shape, finish, machine_lines, shown, spread, synchronize, write_model  # noqa: E402
+from benchmarks.common import SHAPES, Shape, finish, machine_lines, shown, spread, synchronize  # noqa: E402
+from benchmarks.make_random_llama import make  # noqa: E402
 from model import load_model  # noqa: E402
 from model.generate import Decoder, generate  # noqa: E402
+from study.folder import write_json  # noqa: E402
 from study.logging import format_table  # noqa: E402
 
 
@@ -58,6 +61,13 @@ PRESETS = {
     "1b": Settings(SHAPES["1b"], "cuda", "bfloat16", 512, (128, 128), 128, (64, 256, 512), (64, 256), 512, 2),
     "toy": Settings(replace(SHAPES["toy"], vocabulary=512), "cpu", "float32", 8, (4, 12), 6, (8,), (4, 8), 32, 2),
 }
+
+
+def write_model(shape: Shape, folder: Path, seed: int) -> Path:
+    """Seeded random weights, large enough that the layers outweigh the embedding: else a tied model repeats its last token."""
+    write_json(folder / "source" / "config.json", {**shape.raw(), "initializer_range": 1.6 / math.sqrt(shape.hidden)})
+    make(folder / "source", folder / "model", seed)
+    return folder / "model"
 
 
 def ragged_prompts(settings: Settings, count: int) -> list[list[int]]:
@@ -87,25 +97,24 @@ def peer_generate(peer, prompts: list[list[int]], new: int, stops: list[int], ba
 
 
 def scripted_stops(outputs: list[list[int]], new: int) -> list[int]:
-    """Ids that end these outputs at half of `new` tokens on average, at most."""
+    """Ids that end these outputs at about half of `new` tokens on average, at lengths as spread as the outputs allow.
+
+    Each output in turn gives the id at a place drawn for it, until the mean is there; one that would end others early, and
+    bring the mean far below, is passed over.
+    """
+    g = torch.Generator().manual_seed(0)
+    places = torch.randint(1, new, (len(outputs),), generator=g).tolist()
     stops: set[int] = set()
-    while True:
-        lengths = [next((k for k, token in enumerate(ids) if token in stops), len(ids)) for ids in outputs]
-        gap = sum(lengths) / len(lengths) - new / 2
-        if gap <= 0:
-            return sorted(stops)
-        # An id costs what the outputs it ends lose; the largest loss that does not go far beyond the middle is taken.
-        loss: dict[int, float] = {}
-        for ids, length in zip(outputs, lengths, strict=True):
-            seen: set[int] = set()
-            for k, token in enumerate(ids[:length]):
-                if token not in seen:
-                    seen.add(token)
-                    loss[token] = loss.get(token, 0.0) + (length - k) / len(outputs)
-        fitting = {token: value for token, value in loss.items() if value <= gap + 0.05 * new}
-        if not fitting:
-            return sorted(stops)
-        stops.add(max(fitting, key=lambda token: (fitting[token], token)))
+    lengths = [len(ids) for ids in outputs]
+    for ids, place in zip(outputs, places, strict=True):
+        token = ids[place]
+        cut = [min(n, other.index(token)) if token in other else n for n, other in zip(lengths, outputs, strict=True)]
+        if sum(cut) >= 0.45 * new * len(outputs):
+            stops.add(token)
+            lengths = cut
+        if sum(lengths) <= 0.5 * new * len(outputs):
+            break
+    return sorted(stops)
 
 
 def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, device: str) -> tuple[dict[str, list[float]], dict[str, list]]:

@@ -32,17 +32,19 @@ step() {
 if [ -n "${TOY:-}" ]; then
     toy=(--toy)
     shape=(--toy)
+    train=(--toy)
 else
     toy=()
     shape=(--preset 1b)
+    train=(--preset 1b --warmup 10 --steps 12)  # fewer than by default, to stay within the ten minutes
     # On CUDA the tests' Triton kernels are compiled, not interpreted.
-    step tests 100 env TRITON_INTERPRET=0 "$PYTHON" -m pytest -q tests/test_cuda.py
+    step tests 90 env TRITON_INTERPRET=0 "$PYTHON" -m pytest -q tests/test_cuda.py
 fi
-step train_step 200 "$PYTHON" benchmarks/train_step.py "${shape[@]}"
+step train_step 250 "$PYTHON" benchmarks/train_step.py "${train[@]}"
 step loss 60 "$PYTHON" benchmarks/loss.py "${toy[@]}"
 step decode 100 "$PYTHON" benchmarks/decode.py "${shape[@]}"
 for name in layers low_rank decode_attention; do
-    [ -f "benchmarks/$name.py" ] && step "$name" 30 "$PYTHON" "benchmarks/$name.py" "${toy[@]}"
+    [ -f "benchmarks/$name.py" ] && step "$name" 20 "$PYTHON" "benchmarks/$name.py" "${toy[@]}"
 done
 if [ -f "$OUT/train_step.json" ] && [ -f "$OUT/decode.json" ]; then
     step study 10 "$PYTHON" benchmarks/study.py --extrapolate --train_step "$OUT/train_step.json" --decode "$OUT/decode.json"

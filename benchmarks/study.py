@@ -5,8 +5,12 @@
     python benchmarks/study.py --extrapolate --train_step FILE --decode FILE      # JSON of train_step.py and decode.py
 
 The first two run train.py's own study in a temporary folder, one pair and two arms unless the flags say otherwise, and print the
-seconds of its parts. --extrapolate trains nothing: it writes out the arithmetic of the five tasks' study of configs/masking.yaml
-(5 + 60 runs, at most 3000 rows and 3 epochs each) with the tokens/s that the other benchmarks measured.
+seconds of its parts. With --peer, transformers + peft then train the pair's two runs of the plain arm on the same examples and
+score the same test items: random batches padded to the longest, generate at the same batch size with the adapter merged, and a
+second pass for the loss of the reference answers. At toy size a peer's time is that of its overheads, and so is ours.
+
+--extrapolate trains nothing: it writes out the arithmetic of the five tasks' study of configs/masking.yaml (5 + 60 runs, at most
+3000 rows and 3 epochs each) with the tokens/s that the other benchmarks measured.
 """
 
 from __future__ import annotations
@@ -16,16 +20,23 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, from anywhere
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from benchmarks import common  # noqa: E402
-from study.config import parse  # noqa: E402
+from data.batching import Examples, step_indices, tokenize  # noqa: E402
+from data.folder import Task  # noqa: E402
+from model.checkpoint import find_model  # noqa: E402
+from study.config import Config, parse, stage_config  # noqa: E402
 from study.errors import LetheError  # noqa: E402
 from study.logging import format_table  # noqa: E402
 
@@ -97,8 +108,10 @@ def run_parts(flags: list[str]) -> dict:
         finally:
             clock.close()
         total = time.perf_counter() - began
-        manifests = [json.loads(file.read_text()) for file in sorted(Path(folder).rglob("run.json"))]
+        found = {file: json.loads(file.read_text()) for file in sorted(Path(folder).rglob("run.json"))}
+        by_folder = {file.parent.relative_to(Path(folder) / "study").as_posix(): manifest for file, manifest in found.items()}
         cells = [file.read_text().splitlines() for file in sorted(Path(folder).rglob("eval/*.jsonl"))]
+    manifests = list(by_folder.values())
     seconds, steps = clock.seconds, sum(manifest["seconds"] for manifest in manifests)
     parts = {
         "load": seconds["load"],
@@ -116,7 +129,107 @@ def run_parts(flags: list[str]) -> dict:
     return {
         "mode": "parts", "seconds": total, "parts": parts, "runs": len(manifests), "cells": len(cells), "train_tokens": tokens,
         "train_tokens_per_s": tokens / steps, "items": items, "items_per_s": items / seconds["scoring"], "flags": flags,
+        "manifests": {name: {key: manifest[key] for key in ("steps", "tokens", "seconds")} for name, manifest in by_folder.items()},
     }  # fmt: skip
+
+
+class Peer:
+    """transformers + peft on the tasks of a study: a plain loop and generate."""
+
+    def __init__(self, config: Config, dropout: float):
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        subject = evaluation.load_subject(config.model.name, config.device, config.dtype, config.template)
+        self.config, self.tokenizer, self.device = config, subject.tokenizer, subject.model.device
+        model = AutoModelForCausalLM.from_pretrained(find_model(config.model.name), dtype=subject.model.dtype).to(self.device)
+        model.config.use_cache = False
+        lora = LoraConfig(
+            r=config.lora.rank, lora_alpha=config.lora.alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        self.model = get_peft_model(model, lora)
+
+    def batch(self, rows: list[tuple[list[int], list[int]]], left: bool = False) -> dict[str, Tensor]:
+        """(prompt, answer) ids -> padded input_ids, attention_mask and labels (B, T); left: padded on the left."""
+        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids, mask, labels = (torch.full((len(rows), longest), fill) for fill in (0, 0, -100))
+        for row, (prompt, answer) in enumerate(rows):
+            length = len(prompt) + len(answer)
+            at = slice(longest - length, longest) if left else slice(0, length)
+            ids[row, at], mask[row, at] = torch.tensor(prompt + answer), 1
+            labels[row, at] = torch.tensor([-100] * len(prompt) + answer)
+        return {name: x.to(self.device) for name, x in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+
+    def train(self, examples: Examples, stage: int, steps: int) -> float:
+        """Seconds of a run."""
+        settings, _ = stage_config(self.config, stage)
+        per_step = settings.batch_size * settings.gradient_accumulation
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        self.model.train()
+        began = time.perf_counter()
+        for step in range(steps):
+            indices = step_indices(len(examples), per_step, self.config.seed, step)
+            rows = [(examples.ids(i)[: examples.starts[i]].tolist(), examples.completion(i).tolist()) for i in indices]
+            count = sum(len(answer) for _, answer in rows)
+            for at in range(0, len(rows), settings.batch_size):
+                self.model(**self.batch(rows[at : at + settings.batch_size]), num_items_in_batch=count).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        common.synchronize(self.device.type)
+        return time.perf_counter() - began
+
+    @torch.inference_mode()
+    def score(self, task: Task) -> tuple[float, int]:
+        """(seconds, items) of a cell."""
+        records, size = task.test[: self.config.max_test], self.config.evaluation.batch_size
+        stops, new = self.tokenizer.stop_ids, self.config.evaluation.max_new_tokens or task.max_new_tokens
+        self.model.eval()
+        began = time.perf_counter()
+        self.model.merge_adapter()
+        for at in range(0, len(records), size):
+            rows = [(self.tokenizer.render_prompt(r.prompt), self.tokenizer.render_answer(r.answer)) for r in records[at : at + size]]
+            prompts = self.batch([(prompt, []) for prompt, _ in rows], left=True)
+            del prompts["labels"]
+            settings = dict(max_new_tokens=new, do_sample=False, eos_token_id=list(stops), pad_token_id=0, use_cache=True)
+            self.model.generate(**prompts, **settings)
+            self.model(**self.batch(rows)).loss.item()
+        self.model.unmerge_adapter()
+        return time.perf_counter() - began, len(records)
+
+
+def peer_parts(flags: list[str], ours: dict) -> dict:
+    """The two runs of the first pair's plain arm and their three cells, by transformers + peft."""
+    config = parse(flags)
+    first, second = (config.pairs or "").split(",")[0].split(":")
+    tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
+    tokens = seconds = cell_seconds = items = 0.0
+    peer = Peer(config, config.lora.dropout)
+    with tempfile.TemporaryDirectory(prefix="lethe_bench_") as folder:
+        for stage, name, cells in ((1, first, [first]), (2, second, [first, second])):
+            max_train = stage_config(config, stage)[1]
+            examples = tokenize(tasks[name].train(), peer.tokenizer, config.max_length, tasks[name].fingerprint, Path(folder), max_train)
+            manifest = ours["manifests"][f"lora_base/{first}" if stage == 1 else f"lora_transfer/{first}_to_{second}"]
+            seconds += peer.train(examples, stage, manifest["steps"])
+            tokens += manifest["tokens"]
+            for cell in cells:
+                spent, count = peer.score(tasks[cell])
+                cell_seconds, items = cell_seconds + spent, items + count
+    mine = [m for name, m in ours["manifests"].items() if name in (f"lora_base/{first}", f"lora_transfer/{first}_to_{second}")]
+    my_rate = sum(m["tokens"] for m in mine) / sum(m["seconds"] for m in mine)
+    found = {
+        "train_tokens_per_s": tokens / seconds, "items_per_s": items / cell_seconds,
+        "ratio_training": my_rate * seconds / tokens, "ratio_scoring": ours["items_per_s"] * cell_seconds / items,
+    }  # fmt: skip
+    print(f"peer       transformers + peft: {tokens:.0f} tokens at {found['train_tokens_per_s']:.0f} tokens/s (ours {my_rate:.0f}, "
+          f"{found['ratio_training']:.2f} x), {items:.0f} items at {found['items_per_s']:.1f} items/s (ours {ours['items_per_s']:.1f}, "
+          f"{found['ratio_scoring']:.2f} x)")  # fmt: skip
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,6 +312,7 @@ def extrapolate(training: float, decoding: float, forward: float, run_seconds: f
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help=" ".join(TOY))
+    parser.add_argument("--peer", action="store_true", help="the plain arm's two runs by transformers + peft too")
     parser.add_argument("--extrapolate", action="store_true", help="the time of the five tasks' study, by arithmetic")
     parser.add_argument("--train_step", help="JSON of benchmarks/train_step.py")
     parser.add_argument("--decode", help="JSON of benchmarks/decode.py")
@@ -210,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     args, flags = parser.parse_known_args(argv)
     if args.extrapolate and flags:
         parser.error(f"unknown with --extrapolate: {' '.join(flags)}")
-    device = "cuda" if common.torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     print(common.machine_lines(device))
     try:
         if args.extrapolate:
@@ -220,7 +334,10 @@ def main(argv: list[str] | None = None) -> int:
             result = extrapolate(training, decoding, args.forward_tokens_per_s or 2 * training, args.run_seconds)
         else:
             chosen = any(flag.split("=")[0] in ("--pairs", "--datasets", "--config") for flag in flags)
-            result = run_parts([*([] if chosen else SMALL), *(TOY if args.toy else []), *flags])
+            flags = [*([] if chosen else SMALL), *(TOY if args.toy else []), *flags]
+            result = run_parts(flags)
+            if args.peer:
+                result["peer"] = peer_parts(flags, result)
     except LetheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

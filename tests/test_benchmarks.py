@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import random_examples, raw_config, tiny_model, train_some, write_folder
 
-from benchmarks import common, loss, study, train_step
+from benchmarks import common, contenders, loss, study, train_step
 from benchmarks.ablations import full_logits, padded, plain_modules
 from benchmarks.make_random_llama import main
 from data.batching import Examples, collate
@@ -124,18 +124,18 @@ def test_arithmetic_of_a_token():
     assert found["total"] == sum(found[term] for term in ("linears", "lora", "attention", "head"))
 
 
-def settings(*more: str) -> train_step.Settings:
+def settings(*more: str) -> contenders.Settings:
     return train_step.settings_of(train_step.parser().parse_args(["--toy", "--device", "cpu", *more]))
 
 
 def test_grouped_batches_are_grouped_and_fair():
     asked = settings("--batch_size", "4", "--accumulation", "1", "--steps", "5", "--rounds", "4")
     examples = asked.examples()
-    plan = train_step.grouped_plan(examples, asked)
+    plan = contenders.grouped_plan(examples, asked)
     timed = plan[asked.warmup :]
-    assert len(plan) == asked.total_steps == len(train_step.random_plan(examples, asked))
+    assert len(plan) == asked.total_steps == len(contenders.random_plan(examples, asked))
     waste = [1 - examples.lengths[batch].mean() / examples.lengths[batch].max() for batch in timed]
-    random = [1 - examples.lengths[batch].mean() / examples.lengths[batch].max() for batch in train_step.random_plan(examples, asked)]
+    random = [1 - examples.lengths[batch].mean() / examples.lengths[batch].max() for batch in contenders.random_plan(examples, asked)]
     assert np.mean(waste) < 0.3 * np.mean(random)
     assert len({i for batch in timed for i in batch}) == 80  # no batch is seen twice
     by_round = [examples.lengths[sum(timed[r * 5 : r * 5 + 5], [])].mean() for r in range(4)]
@@ -172,9 +172,9 @@ def test_padding_fills_prompts_alone():
 
 
 def test_a_killed_contender_is_said():
-    contender = train_step.Contender("machine", settings())
+    contender = contenders.Contender("machine", settings())
     os.kill(contender.process.pid, signal.SIGKILL)
-    with pytest.raises(train_step.Lost, match="killed: out of memory"):
+    with pytest.raises(contenders.Lost, match="killed: out of memory"):
         contender.ask("rates")
     contender.close()
 
@@ -261,9 +261,10 @@ def test_study_reads_the_other_results(tmp_path):
 
 
 def test_study_command(tmp_path):
-    text, result = command("study.py", "--toy", "--max_train", "8", "--max_test", "2", cwd=tmp_path)
+    text, result = command("study.py", "--toy", "--peer", "--max_train", "8", "--max_test", "2", cwd=tmp_path)
     assert result["runs"] == 4 and result["cells"] == 10 and result["items"] == 20 and "training steps" in text
     assert sum(result["parts"].values()) == pytest.approx(result["seconds"]) and min(result["parts"].values()) >= 0
+    assert result["peer"]["ratio_training"] > 0 and result["peer"]["ratio_scoring"] > 0 and "transformers + peft" in text
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
