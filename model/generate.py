@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import linear_nll
-from model.cache import Decode, KVCache, Prefill
+from model.cache import GROUP, Decode, KVCache, Prefill
 from model.llama import Llama
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # batch sizes that are captured as CUDA graphs
 POLL = {"cpu": 1, "cuda": 16}  # steps between two looks of the host; on CPU a look costs nothing
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}  # of prompts in one pass
-REFILL = 16  # slots wait idle until this share, one in so many, can be filled in one pass
+REFILL = {"cpu": 8, "cuda": 64}  # prompts wait until one slot in so many is free: a pass over one alone is dear
 ROOM_STEP = 64  # sizes of the cache are multiples, so that it is seldom made anew
 
 
@@ -110,10 +110,10 @@ class Decoder:
         self._prepare(len(prompts[waiting[0]]), limit, stop_ids, width)
         running: dict[int, int] = {}  # slot -> its prompt
         ahead: dict[int, int] = {}  # slot -> its length less `step`
-        step, poll = 0, POLL[self.model.device.type]
+        step, poll, refill = 0, POLL[self.model.device.type], REFILL[self.model.device.type]
         while waiting or running:
             free = [slot for slot in range(width) if slot not in running]
-            if waiting and len(free) * REFILL >= width:
+            if waiting and len(free) * refill >= width:
                 began = dict(zip(free, waiting, strict=False))
                 waiting = waiting[len(began) :]
                 self._fill(began, prompts, answers, losses)
@@ -122,18 +122,19 @@ class Decoder:
             if not waiting and (narrower := self._width(len(running))) < width:
                 width = narrower
                 moved = self._shrink(list(running), width)
-                running, ahead = ({moved.get(slot, slot): x for slot, x in of.items() if slot in running} for of in (running, ahead))
+                running, ahead = ({moved.get(slot, slot): x for slot, x in of.items()} for of in (running, ahead))
             # But for stop ids the host knows where each sequence is: none runs on beyond its limit until the next look.
             made = max(step + ahead[slot] + 1 - len(prompts[i]) for slot, i in running.items())
             for _ in range(min(poll, limit - made)):
                 step += 1
-                self._step(width, step + max(ahead[slot] for slot in running))
+                self._step(width, {slot: step + base for slot, base in ahead.items()})
             runs = self.runs[:width].tolist()
             ended = [slot for slot in running if not runs[slot]]
             if ended:
                 self.cache.lengths[ended] = 1  # an idle slot is computed too until it is filled, as cheaply as can be
                 for slot, count, ids in zip(ended, self.counts[ended].tolist(), self.emitted[ended].tolist(), strict=True):
                     outputs[running.pop(slot)] = ids[:count]
+                    del ahead[slot]
                 if on_done:
                     on_done(len(ended))
 
@@ -188,13 +189,15 @@ class Decoder:
             self.tokens[slot], self.emitted[slot, 0] = token, token
             self.counts[slot], self.runs[slot] = goes.long(), goes & (self.limit > 1)
 
-    def _step(self, width: int, longest: int) -> None:
+    def _step(self, width: int, lengths: dict[int, int]) -> None:
+        """lengths: of the running slots, at most, with the token that this step appends."""
         if self.captures:
             self.graphs[width].replay()
         else:
-            self._advance(width, longest)
+            groups = range(0, width, GROUP)
+            self._advance(width, [max(lengths.get(slot, 1) for slot in range(at, min(at + GROUP, width))) for at in groups])
 
-    def _advance(self, width: int, seen: int) -> None:
+    def _advance(self, width: int, seen: list[int] | None = None) -> None:
         """One more token for each of the first `width` slots; one that has ended writes where nothing is read."""
         tokens, counts, runs = self.tokens[:width], self.counts[:width], self.runs[:width]
         self.cache.lengths[:width] += runs
@@ -228,11 +231,11 @@ class Decoder:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # kernels are compiled and libraries woken outside of the capture
                 for _ in range(2):
-                    self._advance(width, self.cache.room)
+                    self._advance(width)
             torch.cuda.current_stream().wait_stream(side)
             graph, first = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
             with torch.cuda.graph(graph, pool=first.pool() if first else None):
-                self._advance(width, self.cache.room)
+                self._advance(width)
             self.graphs[width] = graph
         self.captured = self._weights()  # only now: the first pass may have joined weights into one block
 

@@ -117,7 +117,7 @@ def graphs(monkeypatch):
     """Decoders on CPU go the way of CUDA: steps of the sizes in BUCKETS, captured once, and rare looks at the flags."""
     advance, init = Decoder._advance, Decoder.__init__
 
-    def advance_or_capture(self, width, seen):
+    def advance_or_capture(self, width, seen=None):
         if FakeGraph.capturing is None:
             return advance(self, width, seen)
         FakeGraph.capturing.steps.append(lambda: advance(self, width, seen))
@@ -222,7 +222,7 @@ def test_out_of_memory_halves_the_batch(model, monkeypatch, capsys):
     expected = generate(model, prompts, 8, [])
     advance = Decoder._advance
 
-    def short_of_memory(self, width, seen):
+    def short_of_memory(self, width, seen=None):
         if width > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         advance(self, width, seen)
@@ -232,7 +232,7 @@ def test_out_of_memory_halves_the_batch(model, monkeypatch, capsys):
     assert generate(model, prompts, 8, [], decoder=decoder) == expected and decoder.slots == 2
     told = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in told] == [" from here on 4 sequences at a time", " from here on 2 sequences at a time"]
-    monkeypatch.setattr(Decoder, "_advance", lambda *_: short_of_memory(decoder, 3, 0))
+    monkeypatch.setattr(Decoder, "_advance", lambda *_: short_of_memory(decoder, 3))
     with pytest.raises(torch.OutOfMemoryError):
         generate(model, prompts, 8, [])
     assert not model.training
