@@ -31,7 +31,7 @@ SIZES = {  # sequences, heads, key-value heads, head_dim, room, shortest and lon
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
     z = (query[:, :, None] @ keys.mT) / math.sqrt(query.shape[2])
-    z = z.masked_fill(~length_mask(lengths, keys.shape[2]), -math.inf)
+    z = z + length_mask(lengths, keys.shape[2], z.dtype)
     wide = z if z.dtype == torch.float64 else z.float()
     return (torch.softmax(wide, -1).to(values.dtype) @ values)[:, :, 0]
 

@@ -31,7 +31,7 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tenso
         from kernels import decode_attention_triton  # a missing Triton is an error here, never a detour
 
         return decode_attention_triton.attend(query, keys, values, lengths)
-    return _attend_torch(query, keys, values, length_mask(lengths, keys.shape[2]) if mask is None else mask)
+    return _attend_torch(query, keys, values, length_mask(lengths, keys.shape[2], query.dtype) if mask is None else mask)
 
 
 def append_token(new: Tensor, cache: Tensor, lengths: Tensor) -> None:
@@ -40,12 +40,15 @@ def append_token(new: Tensor, cache: Tensor, lengths: Tensor) -> None:
         from kernels import decode_attention_triton
 
         return decode_attention_triton.append(new, cache, lengths)
-    cache[torch.arange(len(new), device=new.device), :, lengths - 1] = new
+    B, n, S, D = cache.shape
+    row = torch.arange(B * n).view(B, n) * S + lengths[:, None] - 1  # of the flattened cache
+    cache.view(-1, D).index_copy_(0, row.flatten(), new.reshape(-1, D))
 
 
-def length_mask(lengths: Tensor, slots: int) -> Tensor:
-    """(B, 1, 1, slots) bool: the slots that each sequence holds."""
-    return (torch.arange(slots, device=lengths.device) < lengths[:, None])[:, None, None]
+def length_mask(lengths: Tensor, slots: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, 1, 1, slots): 0 for the slots that each sequence holds, minus infinity for the rest, to be added to its scores."""
+    beyond = torch.arange(slots, device=lengths.device) >= lengths[:, None]
+    return torch.zeros(beyond.shape, dtype=dtype, device=lengths.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
 def _attend_torch(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
         return layers_triton.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = torch.empty_like(gate)  # laid out as gate_up is
     for rows in _blocks(out):
         torch.ops.aten.silu.out(gate[rows], out=out[rows]).mul_(up[rows])
     return out

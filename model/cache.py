@@ -19,8 +19,6 @@ from kernels.dispatch import use_triton
 from model.attention import Pack
 from model.config import LlamaConfig, rotary_phases
 
-GROUP = 16  # slots whose attention walks over equally many places
-
 
 class KVCache:
     """Keys and values of every layer, and how many tokens each slot holds.
@@ -66,29 +64,22 @@ class Prefill(Pack):
 class Decode:
     """The sight of one new token for each of the first `slots` slots: it becomes the last of the slot's `lengths` tokens.
 
-    seen: how many places of each slot the attention walks over, at least the longest length: one number for every GROUP
-    slots. Triton reads what is there whatever it is; on CPU smaller ones are less work. Without it: the whole room.
+    seen: how many places of each slot the attention walks over, at least the longest length. Triton reads what is there
+    whatever it is; on CPU a smaller one is less work. Without it: the whole room.
     """
 
-    def __init__(self, cache: KVCache, slots: int, seen: list[int] | None = None):
+    def __init__(self, cache: KVCache, slots: int, seen: int | None = None):
         self.cache, self.slots = cache, slots
         self.heads, self.kv_heads, self.head_dim = cache.config.num_attention_heads, cache.config.num_key_value_heads, cache.config.head_dim
         self.lengths = cache.lengths[:slots]
         last = self.lengths - 1
         self.cos, self.sin = cache.cos[last], cache.sin[last]  # (slots, D / 2)
-        groups = [slice(0, slots)] if seen is None else [slice(at, min(at + GROUP, slots)) for at in range(0, slots, GROUP)]
-        seen, masks = seen or [cache.room], [None] * len(groups)
-        if not use_triton(last):  # one for all layers
-            masks = [length_mask(self.lengths[rows], places) for rows, places in zip(groups, seen, strict=True)]
-        self.parts = list(zip(groups, seen, masks, strict=True))
+        self.seen = seen or cache.room
+        self.mask = None if use_triton(last) else length_mask(self.lengths, self.seen, cache.layers[0].dtype)  # one for all layers
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         query, new = qkv.view(self.slots, -1, self.head_dim).split((self.heads, 2 * self.kv_heads), dim=1)
         held = self.cache.layers[layer][: self.slots]  # (slots, 2 kv, room, D)
         append_token(new, held, self.lengths)
-        keys, values = held.chunk(2, dim=1)
-        outs = [
-            decode_attention(query[rows], keys[rows, :, :places], values[rows, :, :places], self.lengths[rows], mask)
-            for rows, places, mask in self.parts
-        ]
-        return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(self.slots, -1)
+        keys, values = held[:, :, : self.seen].chunk(2, dim=1)
+        return decode_attention(query, keys, values, self.lengths, self.mask).view(self.slots, -1)

@@ -155,9 +155,7 @@ class Llama(nn.Module):
             for group in GROUPS:
                 (layer.self_attn if group in ("qkv", "o") else layer.mlp).joined(group)
 
-    def hidden(
-        self, input_ids: Tensor, sight: Pack | None = None, rows: Tensor | None = None, row_keys: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, input_ids: Tensor, sight: Pack | None = None, rows: Tensor | None = None, row_keys: Tensor | None = None) -> Tensor:
         """States after the final norm. input_ids (B, T) -> (B, T, H); or packed (T,) with its sight (model.attention) -> (T, H).
 
         rows (n,) of the flattened tokens: the states of these alone, (n, H). row_keys (T,) int32: which dropout masks the
