@@ -40,9 +40,7 @@ def append_token(new: Tensor, cache: Tensor, lengths: Tensor) -> None:
         from kernels import decode_attention_triton
 
         return decode_attention_triton.append(new, cache, lengths)
-    B, n, S, D = cache.shape
-    row = torch.arange(B * n).view(B, n) * S + lengths[:, None] - 1  # of the flattened cache
-    cache.view(-1, D).index_copy_(0, row.flatten(), new.reshape(-1, D))
+    cache[torch.arange(len(new), device=new.device), :, lengths - 1] = new
 
 
 def length_mask(lengths: Tensor, slots: int, dtype: torch.dtype = torch.float32) -> Tensor:
