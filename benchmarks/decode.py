@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.device == "cuda" and not torch.cuda.is_available():
         print("error: this machine has no CUDA device", file=sys.stderr)
         return 2
-    finish(run(settings, arguments), arguments.out)
+    finish({"benchmark": "decode", **run(settings, arguments)}, arguments.out)
     return 0
 
 

@@ -77,21 +77,20 @@ def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tens
 
 def rotate(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on the first `heads` heads of qkv (T, n * D), in place; cos, sin (T, D / 2) float32."""
+    qkv = qkv.contiguous()  # attention wants the columns of a row together, and product may have laid them apart
     if not torch.is_grad_enabled():
-        qkv = qkv.contiguous()  # attention wants the columns of a row together
         layers.rotate_(qkv.view(len(qkv), -1, 2 * cos.shape[-1])[:, :heads], cos, sin)
         return qkv
     return _Rotate.apply(qkv, heads, cos, sin)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (T, in) W^T + bias -> (T, out); without gradients a wide result may lie column by column.
+    """x (T, in) W^T + bias -> (T, out); on CPU a wide result may lie column by column.
 
-    A few dozen rows, as in decoding, cost a CPU's matmul a quarter less as W x^T. A narrow result is turned at once: that
-    is cheaper than to read it across in what follows.
+    Few rows, as in decoding or in a step of short examples, cost a CPU's matmul a quarter less as W x^T. A narrow result is
+    turned at once: that is cheaper than to read it across in what follows.
     """
-    few = not x.is_cuda and not torch.is_grad_enabled() and x.dtype == torch.float32 and COLUMN_WISE[0] <= len(x) <= COLUMN_WISE[1]
-    if not few:
+    if x.is_cuda or x.dtype != torch.float32 or not COLUMN_WISE[0] <= len(x) <= COLUMN_WISE[1]:
         return F.linear(x, weight, bias)
     y = torch.mm(weight, x.T).T
     y = y if len(weight) > 1024 else y.contiguous()

@@ -7,6 +7,7 @@ from tiny import raw_config, tiny_model, train_some, write_folder
 from transformers import LlamaForCausalLM
 
 from data.batching import Examples, collate
+from kernels.linear import Joined, product, rotate, swiglu_linear
 from lora import add_lora
 from lora.layers import dropout_keys, lora_layers, lora_parameters, merged
 from masking.score import micro_nll
@@ -219,3 +220,22 @@ def test_one_example_too_large_is_an_error(tmp_path, monkeypatch):
     micros = lambda _, t: collate(examples, [0, 1, 2], t, weights)  # noqa: E731
     with pytest.raises(RuntimeError, match="out of memory"):
         list(fit(model, lora_parameters(model), lambda p: [torch.optim.SGD(p)], micros, 1, micro_tokens=100))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 64, 512, 513])
+@pytest.mark.parametrize("outputs", [8, 1536])
+def test_products_in_either_layout(rows, outputs):
+    x, weight, bias = torch.randn(rows, 24, generator=G), torch.randn(outputs, 24, generator=G), torch.randn(outputs, generator=G)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    y = product(x, weight, bias)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    wide_columns = outputs == 1536 and 16 <= rows <= 512
+    assert y.is_contiguous() != wide_columns  # what follows is tested with both
+    gate_up = torch.nn.functional.silu(expected[:, : outputs // 2]) * expected[:, outputs // 2 :]
+    down = torch.randn(16, outputs // 2, generator=G)
+    got = swiglu_linear(y, Joined(down, (down,), None))
+    torch.testing.assert_close(got.double(), gate_up @ down.double().T, rtol=1e-4, atol=1e-3)
+    turned = rotate(y, 1, torch.zeros(rows, 2), torch.ones(rows, 2))
+    assert turned.is_contiguous()
+    torch.testing.assert_close(turned[:, :2].double(), -expected[:, 2:4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(turned[:, 4:].double(), expected[:, 4:], rtol=1e-5, atol=1e-5)
