@@ -33,7 +33,7 @@ def run_command(work: Callable[[], None]) -> int:
         if not is_out_of_memory(error):
             raise
         message = (
-            f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}), with one example in a pass; add "
+            f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}), also with the smallest passes; add "
             "--gradient_checkpointing, lower --max_length, or lower --evaluation.batch_size if it was scoring"
         )
     else:
