@@ -28,18 +28,10 @@ class Addition(NamedTuple):
     """What adapters add to one linear, or to several joined ones: adapter j to the output columns columns[j]."""
 
     factors: tuple[Tensor, ...]  # A_0 (r_0, in), B_0 (out_0, r_0), A_1, B_1, …
-    columns: tuple[tuple[int, int], ...]
-    scales: tuple[float, ...]
-    salts: tuple[int, ...]  # tell the adapters' dropout masks apart
+    spans: list[Span]  # of each adapter: its rows of the stacked A, and the salt of its dropout masks
+    columns: list[tuple[int, int]]
+    scales: list[float]
     dropout: float
-
-    @property
-    def spans(self) -> list[Span]:
-        """The rows of the stacked A that belong to each adapter."""
-        ends = [0]
-        for A in self.factors[::2]:
-            ends.append(ends[-1] + A.shape[0])
-        return [Span(a, b, salt) for a, b, salt in zip(ends, ends[1:], self.salts, strict=False)]
 
 
 class Joined(NamedTuple):

@@ -17,12 +17,13 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear import Addition
-from kernels.low_rank import mix, to_int32
+from kernels.low_rank import Span, mix, to_int32
 from model.llama import GROUPS, LINEAR_NAMES, Linear, Llama
 from study.errors import LetheError
 
@@ -76,6 +77,11 @@ class LoRA(nn.Module):
             for stack in projection.stacks:
                 counts[stack] = counts.get(stack, 0) + 1
             self._groups.setdefault((projection.layer, projection.group), []).append(projection)
+        self._fixed = {}  # spans, columns and scales of an Addition
+        for key, members in self._groups.items():
+            ends = [0, *accumulate(p.rank for p in members)]
+            spans = [Span(a, b, p.salt) for a, b, p in zip(ends, ends[1:], members, strict=False)]
+            self._fixed[key] = spans, [p.columns for p in members], [p.scale for p in members]
         shapes = {stack: (count, *map(int, stack[2:].split("x"))) for stack, count in sorted(counts.items())}
         self.stacks = nn.ParameterDict({stack: torch.zeros(shape, device=device) for stack, shape in shapes.items()})
 
@@ -89,8 +95,7 @@ class LoRA(nn.Module):
         dropout, found = self.dropout if self.training else 0.0, {}
         for (layer, group), members in self._groups.items():
             mine = tuple(factors[stack][row] for p in members for stack, row in zip(p.stacks, p.rows, strict=True))
-            parts = ((p.columns, p.scale, p.salt) for p in members)
-            found.setdefault(layer, {})[group] = Addition(mine, *zip(*parts, strict=True), dropout)
+            found.setdefault(layer, {})[group] = Addition(mine, *self._fixed[layer, group], dropout)
         return found
 
 
