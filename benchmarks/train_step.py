@@ -51,6 +51,7 @@ from benchmarks import common  # noqa: E402
 from benchmarks.ablations import ABLATIONS  # noqa: E402
 from benchmarks.contenders import PEERS, Contender, Lost, Settings  # noqa: E402
 from data.batching import Examples  # noqa: E402
+from study.errors import LetheError  # noqa: E402
 from study.logging import format_table  # noqa: E402
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2.5e-2, "float16": 2.5e-2}  # of a loss, in nats; 16-bit: 2e-3 of ln(vocabulary)
@@ -356,4 +357,8 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except LetheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
