@@ -20,7 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, from anywhere
 
 from benchmarks.kernel_table import Row, main  # noqa: E402
-from kernels.low_rank import Span, drop, thin, thin_grad_A, thin_grad_x_  # noqa: E402
+from kernels.dropout import Span, drop  # noqa: E402
+from kernels.low_rank import thin, thin_grad_A, thin_grad_x_  # noqa: E402
 
 SIZES = {  # rows, columns, projections that share the input, rank
     "cpu": [(1250, 192, 3, 16), (2500, 256, 3, 16), (2500, 1024, 1, 16), (3000, 2048, 3, 16)],

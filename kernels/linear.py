@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import layers
-from kernels.low_rank import Span, thin, thin_grad_A, thin_grad_x_
+from kernels.dropout import Span
+from kernels.low_rank import thin, thin_grad_A, thin_grad_x_
 
 COLUMN_WISE = 16, 512  # rows between which W x^T is the faster product on CPU
 
@@ -43,7 +44,7 @@ class Joined(NamedTuple):
 
 
 def linear(x: Tensor, weight: Joined, addition: Addition | None = None, row_keys: Tensor | None = None) -> Tensor:
-    """x (T, in) -> (T, out). row_keys (T,) int32 choose the dropout masks, see low_rank.drop; needed where dropout is on."""
+    """x (T, in) -> (T, out). row_keys (T,) int32 choose the dropout masks, see kernels/dropout.py; needed where dropout is on."""
     return _apply("plain", x, None, None, 0.0, weight, addition, row_keys)
 
 

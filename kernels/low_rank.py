@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import use_triton
-from kernels.dropout import Span, drop, masked_, mix, to_int32, words
-
-__all__ = ["Span", "drop", "mix", "thin", "thin_grad_A", "thin_grad_x_", "to_int32"]
+from kernels.dropout import Span, masked_, words
 
 BLOCK = 1 << 19  # elements of x that are hashed and masked at a time on CPU
 

@@ -22,8 +22,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from kernels.dropout import Span, mix, to_int32
 from kernels.linear import Addition
-from kernels.low_rank import Span, mix, to_int32
 from model.llama import GROUPS, LINEAR_NAMES, Linear, Llama
 from study.errors import LetheError
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.decode_attention import append_token, decode_attention, length_mask
-from kernels.dispatch import use_triton
+from kernels.dispatch import to_device, use_triton
 from model.attention import Pack
 from model.config import LlamaConfig, rotary_phases
 
@@ -48,12 +48,12 @@ class Prefill(Pack):
         super().__init__(lengths, cache.config, cache.lengths.device)
         self.cache, kept = cache, kept or lengths
         device = cache.lengths.device
-        self.slot = torch.tensor(slots).repeat_interleave(torch.tensor(kept)).to(device, non_blocking=True)  # (K,)
-        self.place = torch.cat([torch.arange(n) for n in kept]).to(device, non_blocking=True)  # (K,)
+        self.slot = to_device(torch.tensor(slots).repeat_interleave(torch.tensor(kept)), device)  # (K,)
+        self.place = to_device(torch.cat([torch.arange(n) for n in kept]), device)  # (K,)
         self.chosen = None  # (K,) which of the T tokens are kept, if not all
         if kept != lengths:
             starts = [0, *accumulate(lengths)]
-            self.chosen = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, kept, strict=False)]).to(device, non_blocking=True)
+            self.chosen = to_device(torch.cat([torch.arange(a, a + n) for a, n in zip(starts, kept, strict=False)]), device)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         new = qkv.view(len(qkv), -1, self.head_dim)[:, self.heads :]  # (T, 2 kv, D)

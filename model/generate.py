@@ -7,7 +7,6 @@ token. On CUDA the step is a CUDA graph, one for each batch size in BUCKETS.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 
@@ -18,6 +17,8 @@ from kernels import linear_nll
 from kernels.linear import product
 from model.cache import Decode, KVCache, Prefill
 from model.llama import Llama
+from study.errors import is_out_of_memory
+from study.logging import say
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # batch sizes that are captured as CUDA graphs
 POLL = {"cpu": 1, "cuda": 16}  # steps between two looks of the host; on CPU a look costs nothing
@@ -93,12 +94,12 @@ class Decoder:
             while None in outputs:
                 try:
                     self._run(prompts, answers, limit, stop_ids, outputs, losses, on_done)
-                except torch.OutOfMemoryError:
-                    if self.slots == 1:
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or self.slots == 1:
                         raise
                     self.slots //= 2
                     self.cache, self.graphs = None, {}
-                    print(f"out of memory while generating: from here on {self.slots} sequences at a time", file=sys.stderr)
+                    say(f"out of memory while generating: from here on {self.slots} sequences at a time")
         finally:
             self.model.train(was_training)
         return outputs, losses
@@ -127,7 +128,7 @@ class Decoder:
             made = max(step + ahead[slot] + 1 - len(prompts[i]) for slot, i in running.items())
             for _ in range(min(poll, limit - made)):
                 step += 1
-                self._step(width, {slot: step + base for slot, base in ahead.items()})
+                self._step(width, step + max(ahead.values()))
             runs = self.runs[:width].tolist()
             ended = [slot for slot in running if not runs[slot]]
             if ended:
@@ -189,12 +190,12 @@ class Decoder:
             self.tokens[slot], self.emitted[slot, 0] = token, token
             self.counts[slot], self.runs[slot] = goes.long(), goes & (self.limit > 1)
 
-    def _step(self, width: int, lengths: dict[int, int]) -> None:
-        """lengths: of the running slots, at most, with the token that this step appends."""
+    def _step(self, width: int, longest: int) -> None:
+        """longest: what the running slots hold at most, with the token that this step appends."""
         if self.captures:
             self.graphs[width].replay()
         else:
-            self._advance(width, max(lengths.values()))
+            self._advance(width, longest)
 
     def _advance(self, width: int, seen: int | None = None) -> None:
         """One more token for each of the first `width` slots; one that has ended writes where nothing is read."""

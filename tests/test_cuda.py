@@ -8,6 +8,7 @@ from tiny import random_examples, tiny_model, train_some
 from data.batching import collate
 from kernels import layers, linear_nll, low_rank, token_stats
 from kernels.decode_attention import decode_attention
+from kernels.dropout import Span
 from lora import add_lora
 from lora.layers import lora_parameters
 from model.attention import Pack, attention_kind
@@ -67,7 +68,7 @@ def test_cuda_norm_rotary_swiglu(dtype):
 def test_cuda_low_rank(dtype, p):
     (x, A, low, grad), (X, AA, LL, GG) = both((45, 72), (24, 72), (45, 24), (45, 72), dtype=dtype)
     keys = torch.randint(-(2**31), 2**31 - 1, (45,), dtype=torch.int32, generator=G)
-    spans = [low_rank.Span(0, 8, 3), low_rank.Span(8, 24, 4)]
+    spans = [Span(0, 8, 3), Span(8, 24, 4)]
     near(low_rank.thin(X, AA, spans, p, keys.cuda()), low_rank.thin(x, A, spans, p, keys), dtype, slack=4)
     near(low_rank.thin_grad_A(LL, X, spans, p, keys.cuda()), low_rank.thin_grad_A(low, x, spans, p, keys), dtype, slack=4)
     low_rank.thin_grad_x_(GG, LL, AA, spans, p, keys.cuda())

@@ -217,14 +217,15 @@ def test_answers_are_scored_on_the_way(model, batch):
         generate_and_score(model, prompts, [*answers[1:], []], 4, [])
 
 
-def test_out_of_memory_halves_the_batch(model, monkeypatch, capsys):
+@pytest.mark.parametrize("words", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_halves_the_batch(model, monkeypatch, capsys, words):
     prompts = ragged(9)
     expected = generate(model, prompts, 8, [])
     advance = Decoder._advance
 
     def short_of_memory(self, width, seen=None):
         if width > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError(words)
         advance(self, width, seen)
 
     monkeypatch.setattr(Decoder, "_advance", short_of_memory)
@@ -233,7 +234,7 @@ def test_out_of_memory_halves_the_batch(model, monkeypatch, capsys):
     told = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in told] == [" from here on 4 sequences at a time", " from here on 2 sequences at a time"]
     monkeypatch.setattr(Decoder, "_advance", lambda *_: short_of_memory(decoder, 3))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match=words):
         generate(model, prompts, 8, [])
     assert not model.training
 

@@ -11,7 +11,7 @@ from tiny import random_examples, random_weights, raw_config, tiny_model, train_
 from transformers import LlamaForCausalLM
 
 from data.batching import collate
-from kernels.low_rank import drop
+from kernels.dropout import drop
 from lora import add_lora, load_adapter, merge_adapter, save_adapter
 from lora.layers import dropout_keys, lora_layers, lora_parameters, merged, remove_lora, target_names
 from lora.merge import main as merge_main
