@@ -12,24 +12,27 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from data.batching import cut_middle
+from data.batching import Examples, cut_middle, tokenize
 from data.builtin import BUILTIN_TASKS
 from data.folder import Task, find_task, scan
+from data.records import Record
 from lora.adapter import load_adapter
-from lora.layers import lora_layers, merged, remove_lora
+from lora.drift import drift_record
+from lora.layers import lora_layers, merged
+from lora.states import put_on, state_fingerprint
+from masking.score import score_examples
 from metrics.answers import score_answer
 from metrics.statistics import mean_interval, wilson_interval
-from model.attention import kernels_in_use
 from model.checkpoint import load_model
 from model.generate import Decoder, generate_and_score
 from model.llama import Llama
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.subject import Subject, load_subject
+from model.tokenizer import Tokenizer
+import study.comparison
 from study.config import Config, EvalConfig, parse, parse_eval
 from study.errors import LetheError, run_command
 from study.folder import newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
@@ -40,41 +43,6 @@ from study.results import summary_table
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model and the tasks
-
-
-@dataclass
-class Subject:
-    """A base model with its tokenizer: what a study is about."""
-
-    name: str
-    model: Llama
-    tokenizer: Tokenizer
-    about: str  # two lines: shape, device and dtype; which kernels run
-
-
-def load_subject(name: str, device: str = "auto", dtype: str = "auto", template: str = "auto") -> Subject:
-    """Loads model and tokenizer. auto: CUDA where there is one; bfloat16 there (float16 on older ones), float32 on CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise LetheError(f"--device {device}: this machine has no CUDA device that torch can use; give --device cpu")
-    why = "as asked"
-    if dtype == "auto":
-        if device == "cpu":
-            dtype, why = "float32", "CPU"
-        elif torch.cuda.is_bf16_supported():
-            dtype, why = "bfloat16", torch.cuda.get_device_name()
-        else:
-            dtype, why = "float16", f"{torch.cuda.get_device_name()} has no bfloat16"
-    tokenizer = load_tokenizer(name, template)
-    model = load_model(name, getattr(torch, dtype), device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"its tokenizer has {tokenizer.vocab_size} tokens, its model only {model.config.vocab_size}"
-        raise LetheError(f"{name}: {sizes}; they do not belong together")
-    size = sum(p.numel() for p in model.parameters())
-    about = f"{name}: {size / 1e6:.2f} M parameters, {device}, {dtype} ({why}), template {tokenizer.template}"
-    about += f"\nkernels    {kernels_in_use(model)}"
-    return Subject(name, model, tokenizer, about)
 
 
 def choose_tasks(datasets: str | None, data_root: str, builtin_model: bool, strict: bool = False) -> dict[str, Task]:
@@ -108,9 +76,7 @@ def score_task(
     reference answer's tokens (its end token included), in nats. decoder: see model.generate.
     """
     records = task.test[:max_test]
-    prompts = [tokenizer.render_prompt(record.prompt) for record in records]
-    prompts = [ids if len(ids) <= max_length else cut_middle(ids, max_length) for ids in prompts]
-    answers = [tokenizer.render_answer(record.answer) for record in records]
+    prompts, answers = as_ids(tokenizer, records, max_length)
     new, stops = max_new_tokens or task.max_new_tokens, tokenizer.stop_ids
     with (
         merged(model) if merge else nullcontext(),
@@ -125,6 +91,13 @@ def score_task(
         items.append({"prompt": prompt, "output": text, "reference": record.answer, **scores, "correct": scores["exact_match"],
                       "answer_nll": loss, "tokens": len(output), "group": record.group})  # fmt: skip
     return items
+
+
+def as_ids(tokenizer: Tokenizer, records: list[Record], max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts, their middle cut where they are longer, and reference answers."""
+    prompts = [tokenizer.render_prompt(record.prompt) for record in records]
+    prompts = [ids if len(ids) <= max_length else cut_middle(ids, max_length) for ids in prompts]
+    return prompts, [tokenizer.render_answer(record.answer) for record in records]
 
 
 def differences_of(items: list[dict], others: list[dict]) -> dict:
@@ -184,10 +157,7 @@ def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, T
     decoder = Decoder(subject.model, config.evaluation.batch_size)  # one cache for all cells
     for number, (run, names) in enumerate(by_run.items(), 1):
         began, told = time.perf_counter(), []
-        if run is None:
-            remove_lora(subject.model)
-        else:
-            load_adapter(subject.model, tree / run.folder)
+        put_on(subject.model, tree / run.folder if run else None)
         for name in names:
             items = score_task(
                 subject.model, subject.tokenizer, tasks[name], max_test=config.max_test, max_length=config.max_length,
@@ -195,16 +165,42 @@ def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, T
             )  # fmt: skip
             write_jsonl(cell_file(tree, run, name), items)
             told.append(f"{name} {np.mean([item['exact_match'] for item in items]):6.1%}")
+        if run is not None and run.changes:
+            measure(subject, tree, run, tasks, config)
         where = run.folder if run else "base"
         print(f"{number:3d}/{len(by_run)} {where:{wide}s}  {'  '.join(told)}  {time.perf_counter() - began:6.1f} s", flush=True)
-    remove_lora(subject.model)
+    put_on(subject.model, None)
     return len(missing)
+
+
+def measure(subject: Subject, tree: Path, run: Run, tasks: dict[str, Task], config: Config) -> None:
+    """drift.json and dev.json of a run: how far it moved the model, and its nll on rows that are in neither train nor test.
+
+    The KL to the base is on the test items' reference answers. dev.json {task: mean nll of the answers} has the tasks that keep
+    rows for rehearsal, which is what it is taken from.
+    """
+    model, tokenizer, folder = subject.model, subject.tokenizer, tree / run.folder
+    mine = {name: tasks[name] for name in (run.first, run.second) if name}
+    items = {}
+    for name, task in mine.items():
+        prompts, answers = as_ids(tokenizer, task.test[: config.max_test], config.max_length)
+        items[name] = Examples.from_pairs(list(zip(prompts, answers, strict=True)))
+    base = load_model(model.source, model.dtype, model.device) if model.altered else None
+    write_json(folder / "drift.json", drift_record(model, items, model.source, base))
+    dev = {}
+    for name, task in mine.items():
+        if task.replay is None:
+            continue
+        rows = tokenize(task.replay(), tokenizer, config.max_length, f"{task.fingerprint} replay", tree / "tokens")
+        nll = score_examples(model, rows, state_fingerprint(folder), tree / "perplexity")
+        dev[name] = float(np.mean([part.mean() for part in np.split(nll, rows.completion_offsets[1:-1])]))
+    write_json(folder / "dev.json", dev)
 
 
 def result_rows(tree: Path, seed: int) -> list[dict]:
     """All scored cells of one tree as rows {run, arm, stage, first, second, task, metric, value, low, high, n, unparsed, seed}."""
     rows, order = [], list(read_json(tree / "study.json")["tasks"])
-    for run in [None, *trained_runs(tree)]:
+    for run in [None, *(run for run in trained_runs(tree) if not run.changes)]:
         folder = run.folder if run else "base"
         who = {"run": folder, "arm": run.arm if run else "base", "stage": run.stage if run else 0,
                "first": run.first if run else None, "second": run.second if run else None}  # fmt: skip
@@ -215,8 +211,16 @@ def result_rows(tree: Path, seed: int) -> list[dict]:
 
 
 def report(root: Path, quiet: bool = False) -> list[dict]:
-    """Writes eval_results_mask.json and the pictures of a study (over its seeds too), logs them, prints the table."""
+    """Writes eval_results_mask.json and the pictures of a study (over its seeds too), logs them, prints the table.
+
+    The results of an optimizer study are study.comparison's.
+    """
     trees = seed_folders(root)
+    compared = [run for run in trained_runs(trees[0]) if run.changes]
+    if compared:
+        study.comparison.report_comparison(root, quiet)
+    if len(compared) == len(trained_runs(trees[0])) > 0:
+        return []
     rows, dropped = [], {}
     for tree in trees:
         seed = read_json(tree / "study.json")["identity"]["settings"]["seed"]
@@ -247,6 +251,8 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
 def is_reported(root: Path) -> bool:
     """True when results and pictures have been made since the last cell was scored."""
     results = root / "eval_results_mask.json"
+    if not results.is_file():
+        results = root / "eval_results_optimizers.json"
     return results.is_file() and all(file.stat().st_mtime_ns <= results.stat().st_mtime_ns for file in root.glob("**/eval/*.jsonl"))
 
 

@@ -9,13 +9,13 @@ Read from `fit` (one optimizer step after another) to `train_run` (one adapter) 
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +23,30 @@ import torch
 from torch import Tensor, nn
 
 import eval as evaluation
-from data.batching import Examples, Micro, collate, micro_tokens_of, step_indices, steps_of, tokenize
+from data.batching import Examples, Micro, collate, micro_tokens_of, step_indices, steps_of
 from data.records import Report
-from lora.adapter import adapter_fingerprint, load_adapter, save_adapter
-from lora.layers import add_lora, dropout_keys, lora_parameters, remove_lora
-from masking.inspect import as_page, in_terminal, masked_example, masked_markdown
-from masking.score import dataset_weights, example_weights, micro_nll, score_examples
+from lora.layers import add_lora, dropout_keys
+from lora.resume import Learner, asked_checkpoint, resume, save_checkpoint
+from lora.states import put_on, save_state, state_fingerprint
+from masking.bench import Bench, masked_weights, refuse_masks, show_masks
+from masking.inspect import masked_example, masked_markdown
+from masking.score import example_weights, micro_nll
 from masking.weights import policies
 from model.attention import Pack
 from model.checkpoint import find_model
 from model.llama import Llama
-from optim.masters import collect_gradients, make_masters, write_back
+from model.subject import load_subject
+from optim.masters import collect_gradients, write_back
+from optim.partition import optimizers_of, partition_lines
 from optim.schedule import lr_factor
-from study.config import Config, config_text, parse, parse_seeds, stage_config
+from study.comparison import plan_comparison
+from study.config import Config, OptimizerConfig, StageConfig, changed, config_text, optimizer_arms, parse, parse_seeds, stage_config
 from study.errors import LetheError, is_out_of_memory, run_command
-from study.folder import StudyFolder, expand_out, is_done, open_study, seed_folders, write_json, write_text
+from study.folder import expand_out, is_done, open_study, seed_folders, write_json
 from study.identity import identity_of
 from study.logging import RunLog, format_table, memory_gib, progress, say
-from study.plan import Run, arm_label, nearest, parse_arms, plan_runs
+from study.plan import Run, arm_label, parse_arms, plan_runs
+from study.signals import Interrupted, stop_on_signal
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -77,12 +83,12 @@ class Step:
 
 def fit(
     model: Llama,
-    parameters: list[nn.Parameter],
-    make_optimizers: Callable[[list[nn.Parameter]], list[torch.optim.Optimizer]],
+    learner: Learner,
     batches: Callable[[int, int], list[Micro]],
     total_steps: int,
     *,
     micro_tokens: int,
+    start: int = 0,
     schedule: str = "cosine",
     warmup: int = 0,
     floor: float = 0.0,
@@ -91,23 +97,19 @@ def fit(
     online_weights: Callable[[Tensor, Micro], Tensor] | None = None,
     seed: int = 0,
 ) -> Iterator[Step]:
-    """Trains `parameters`, yielding after each optimizer step.
+    """Trains the learner's parameters from step `start` on, yielding after each optimizer step.
 
     The loss of a step is sum(w * nll) / sum(w) over all its micro-batches (normalize "all": / completion tokens), so it
     does not matter how the step is split. batches(step, micro_tokens) gives the micro-batches, of at most micro_tokens
     tokens each; where one has no weights of its own, online_weights(nll, micro) decides them from this pass's losses.
-    Optimizers step on float32 masters. A step that runs out of memory is taken again in smaller micro-batches, and so are
-    those after it; this is said once.
+    Learning rate, data and dropout are functions of the step's number alone. A step that runs out of memory is taken again
+    in smaller micro-batches, and so are those after it; this is said once.
     """
-    masters = make_masters(parameters)
-    optimizers = make_optimizers(masters)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    # float16 gradients underflow without a loss scale; bfloat16 and float32 need none.
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    parameters, masters, optimizers, scaler = learner.parameters, learner.masters, learner.optimizers, learner.scaler
     model.train()
-    for number in range(total_steps):
+    for number in range(start, total_steps):
         factor = lr_factor(number, total_steps, warmup, schedule, floor)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
+        for optimizer, rates in zip(optimizers, learner.peaks, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
 
@@ -148,7 +150,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
         readings = torch.stack((loss_sum / (denominator or 1), grad_norm.double()))
         tokens, examples = sum(micro.tokens for micro in micros), [i for micro in micros for i in micro.indices]
-        yield Step(number, kept / count, tokens, peaks[0][0] * factor, outcome, micro_tokens, examples, readings)
+        yield Step(number, kept / count, tokens, learner.peaks[0][0] * factor, outcome, micro_tokens, examples, readings)
 
 
 def forward_backward(
@@ -190,76 +192,75 @@ def smaller_passes(model: Llama, parameters: list[nn.Parameter], micros: list[Mi
 
 
 @dataclass
-class Bench:
-    """What all runs of a study share: the base stays loaded, tokens and scores are made once."""
+class Tally:
+    """What the steps of a run add up to. A checkpoint carries it, so that a resumed run reports as one that was never cut."""
 
-    config: Config
-    subject: evaluation.Subject
-    tasks: dict[str, evaluation.Task]
-    study: StudyFolder
-    seed: int
+    micro_tokens: int
+    tokens: int = 0
+    seconds: float = 0.0
+    outcomes: dict[str, int] = field(default_factory=dict)
+    kept: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # since the last logged line
+    last_loss: float = math.nan  # the mean of those of the line before, there and in TensorBoard
+    steps: list[Step] = field(default_factory=list)  # whose losses are still on the device
 
-    def examples(self, task: str, max_train: int | None) -> Examples:
-        """The task's training examples, tokenised once and mapped from the study folder."""
-        found, bad_rows = self.tasks[task], Report()
-        records = found.train(report=bad_rows)
-        cache, length = self.study.path / "tokens", self.config.max_length
-        return tokenize(records, self.subject.tokenizer, length, found.fingerprint, cache, max_train, bad_rows)
+    def add(self, step: Step) -> None:
+        self.micro_tokens, self.tokens = step.micro_tokens, self.tokens + step.tokens
+        self.outcomes[step.outcome] = self.outcomes.get(step.outcome, 0) + 1
+        self.kept.append(step.kept)
+        self.steps.append(step)
 
-    def scores(self, adapter: str | None, examples: Examples) -> np.ndarray:
-        """nll of all completion tokens under base + adapter (a run folder; None: the base), cached."""
-        model = self.subject.model
-        reference = "base"
-        if adapter is None:
-            remove_lora(model)
-        else:
-            folder = self.study.dir(adapter)
-            load_adapter(model, folder)
-            reference = adapter_fingerprint(folder)
-        with progress(len(examples), "perplexity", "examples") as bar:
-            return score_examples(model, examples, reference, self.study.path / "perplexity", progress=bar.update)
+    def read(self) -> None:
+        """Brings the losses to the host, which waits for the device. Raises LetheError where one is not finite."""
+        self.losses += [step.loss for step in self.steps]
+        self.steps = []
 
-    def mask_settings(self) -> dict:
-        m = self.config.masking
-        return {"threshold": m.threshold, "group_size": m.group_size, "overlap_ratio": m.overlap_ratio, "ratio": m.ratio,
-                "direction": m.direction, "match": m.match, "tau": m.tau}  # fmt: skip
+    def close_line(self) -> None:
+        self.read()
+        self.last_loss, self.losses = float(np.mean(self.losses)), []
+
+    def state(self) -> dict:
+        self.read()
+        return {name: value for name, value in self.__dict__.items() if name != "steps"}
 
 
-def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarray | None, dict, np.ndarray | None]:
-    """(weights, statistics, nll) of a run's completions. Weights are None for --reference online: the loop decides them."""
-    masking = bench.config.masking
-    if run.arm == "none":
-        return *dataset_weights(examples, "none", {}, None), None
-    if masking.reference == "online":
-        return None, {"completion_tokens": int(examples.completion_offsets[-1])}, None
-    nll = bench.scores(run.parent if masking.reference == "start" else None, examples)
-    # The difference filters ask whether a model trained plainly on this very task finds the token harder.
-    other = bench.scores(f"lora_base/{run.second}", examples) if "adapter_nll" in policies()[run.arm] else None
-    weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, masking.mask_end, bench.seed)
-    return weights, stats, nll
+def settings_of(config: Config, run: Run) -> tuple[StageConfig, int | None, OptimizerConfig]:
+    """(settings, max_train, optimizer) of one run: its stage's and its arm's, with what is the run's own."""
+    config = changed(config, run.changes)
+    return *stage_config(config, run.stage, run.mask), config.optimizer
 
 
-def train_run(bench: Bench, run: Run, label: str) -> None:
-    """Trains one adapter and writes it, its log and, last, its manifest run.json."""
-    config, model, folder = bench.config, bench.subject.model, bench.study.dir(run.folder)
-    settings, max_train = stage_config(config, run.stage, run.arm)
-    if folder.exists():  # a run that was cut short begins anew: same seed, same bits
-        shutil.rmtree(folder)
-    examples = bench.examples(run.task, max_train)
-    weights, mask_stats, nll = masked_weights(bench, run, examples)
-
-    # The adapter: a fresh one, or the first stage's, continued.
-    if run.parent is None:
+def begin(bench: Bench, run: Run) -> list[tuple[str, nn.Parameter]]:
+    """Puts on the model what the run starts from, and returns what it trains: the factors of its adapter, or every weight."""
+    config, model = bench.config, bench.subject.model
+    parent = None if run.parent is None else bench.study.dir(run.parent)
+    if config.full:
+        put_on(model, parent)
+        model.requires_grad_(True)
+        model.altered = True
+        return list(model.named_parameters())
+    if parent is None:
+        put_on(model, None)
         add_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets, config.lora.rslora,
                  torch.Generator().manual_seed(bench.seed))  # fmt: skip
     else:
-        load_adapter(model, bench.study.dir(run.parent), dropout=config.lora.dropout)
-    parameters = lora_parameters(model)
+        put_on(model, parent, dropout=config.lora.dropout)
+    return list(model.adapter.stacks.items())
+
+
+def train_run(bench: Bench, run: Run, label: str) -> None:
+    """Trains one run from its newest checkpoint on, and writes what it leaves, its log and, last, its manifest run.json."""
+    config, model, folder = bench.config, bench.subject.model, bench.study.dir(run.folder)
+    settings, max_train, optimizer = settings_of(config, run)
+    examples = bench.examples(run.task, max_train)
+    weights, mask_stats, nll = masked_weights(bench, run, examples)
+    names, parameters = zip(*begin(bench, run), strict=True)
     model.gradient_checkpointing = settings.gradient_checkpointing
 
     # Steps. One is batch_size * gradient_accumulation examples; how they are packed into passes changes nothing but memory.
     per_step = settings.batch_size * settings.gradient_accumulation
     total = steps_of(len(examples), per_step, settings.epochs, settings.max_steps)
+    warmup = round(settings.warmup_ratio * total) if settings.warmup_steps is None else settings.warmup_steps
 
     def batches(step: int, micro_tokens: int) -> list[Micro]:
         return collate(examples, step_indices(len(examples), per_step, bench.seed, step), micro_tokens, weights)
@@ -268,63 +269,89 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
         parts = []
         for index, part in zip(micro.indices, losses.split(micro.sizes), strict=True):
             generator = torch.Generator().manual_seed(bench.seed * 1_000_003 + index)
-            parts.append(example_weights(part.cpu().numpy(), run.arm, bench.mask_settings(), config.masking.mask_end, generator=generator))
+            parts.append(example_weights(part.cpu().numpy(), run.mask, bench.mask_settings(), config.masking.mask_end, generator=generator))
         return torch.cat(parts).to(losses.device)
 
-    def optimizers(masters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-        o = config.optimizer
-        decay = settings.weight_decay
-        return [torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=decay)]
+    o = optimizer
+    choice = {"name": o.name, "learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay, "betas": (o.beta1, o.beta2),
+              "eps": o.eps, "momentum": o.momentum, "nesterov": o.nesterov, "ns_steps": o.ns_steps, "muon_scale": o.muon_scale,
+              "muon_factors": o.muon_factors}  # fmt: skip
+    learner = Learner(model, list(parameters), lambda masters: optimizers_of(list(names), masters, **choice))
+    partition = partition_lines(list(names), learner.masters, name=o.name, muon_scale=o.muon_scale, muon_factors=o.muon_factors)
+    if partition not in bench.told:  # once for each optimizer and rate
+        print("optimizer  " + "\n           ".join(partition), flush=True)
+        bench.told.append(partition)
+    tally = Tally(micro_tokens_of(config.micro_tokens, model.device))
+    same = json.loads(json.dumps({
+        "run": run.__dict__, "base": model.fingerprint, "tokens": examples.key, "steps": total, "examples_per_step": per_step,
+        "optimizer": choice, "warmup": warmup, "schedule": settings.scheduler, "seed": bench.seed,
+    }))  # fmt: skip
+    start, saved = 0, resume(folder, learner, same, asked_checkpoint(config, run))
+    if saved:
+        start, budget = saved["step"], tally.micro_tokens
+        tally.__dict__.update(saved["tally"])
+        tally.micro_tokens = min(tally.micro_tokens, budget)
+        print(f"resumed    {run.folder} after step {start} of {total}", flush=True)
 
     steps = fit(
-        model, parameters, optimizers, batches, total, micro_tokens=micro_tokens_of(config.micro_tokens, model.device),
-        schedule=settings.scheduler, warmup=round(settings.warmup_ratio * total), max_grad_norm=settings.max_grad_norm,
-        normalize="all" if run.arm == "soft" else config.masking.normalize, online_weights=online, seed=bench.seed,
+        model, learner, batches, total, start=start, micro_tokens=tally.micro_tokens, schedule=settings.scheduler, warmup=warmup,
+        max_grad_norm=settings.max_grad_norm, normalize="all" if run.mask == "soft" else config.masking.normalize,
+        online_weights=online, seed=bench.seed,
     )  # fmt: skip
-
-    began, tokens, outcomes, kept, recent, last_loss = time.perf_counter(), 0, {}, [], [], math.nan
-    with RunLog(bench.study.path, run.folder) as log, progress(total, " ".join(label.split()), " steps") as bar:
-        log.text("config", "```\n" + config_text(config) + "```")
-        log_masked_examples(bench, log, examples, nll, weights)
+    before, began, speed = tally.seconds, time.perf_counter(), 0.0
+    with (
+        RunLog(bench.study.path, run.folder, start) as log,
+        progress(total, " ".join(label.split()), " steps", start=start) as bar,
+        stop_on_signal() as stop,
+    ):
+        if not start:
+            log.text("config", "```\n" + config_text(config) + "```")
+            log_masked_examples(bench, log, examples, nll, weights)
         for step in steps:
-            tokens += step.tokens
-            outcomes[step.outcome] = outcomes.get(step.outcome, 0) + 1
-            kept.append(step.kept)
-            recent.append(step)
             number = step.number + 1
+            tally.add(step)
             if number % settings.log_steps == 0 or number in (1, total):
-                last_loss = float(np.mean([step.loss for step in recent]))  # the mean since the line before, there and in TensorBoard
-                speed = tokens / (time.perf_counter() - began)  # after the reading, which waits for the device
-                log.scalars({"train/loss": last_loss, "train/learning_rate": step.learning_rate, "train/grad_norm": step.grad_norm,
+                tally.close_line()
+                speed = tally.tokens / (before + time.perf_counter() - began)  # after the reading, which waits for the device
+                log.scalars({"train/loss": tally.last_loss, "train/learning_rate": step.learning_rate, "train/grad_norm": step.grad_norm,
                              "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()},
-                            number, tokens=tokens)  # fmt: skip
-                recent.clear()
-            bar.update(1, loss=last_loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
+                            number, tokens=tally.tokens)  # fmt: skip
+            bar.update(1, loss=tally.last_loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
             if settings.eval_steps and number % settings.eval_steps == 0:
                 log.scalars(held_out_scores(bench, run), number)
-        seconds = time.perf_counter() - began
+            if number < total and (stop.asked or number % settings.save_steps == 0):
+                tally.seconds = before + time.perf_counter() - began
+                log.flush()
+                epoch = number / math.ceil(len(examples) / per_step)
+                state = {"same": same, "tally": tally.state()}  # a loss that is not finite is an error here, and never saved
+                save_checkpoint(folder, run.stage, epoch, number, learner, state, config.keep, bench.subject.name)
+            if stop.asked:
+                raise Interrupted
+        tally.seconds = before + time.perf_counter() - began
+        dropped = 1 - float(np.mean(tally.kept))
         log.hparams({"stage": run.stage, "arm": run.arm, "first": run.first, "second": run.second, "seed": bench.seed,
-                     "learning_rate": settings.learning_rate, "epochs": settings.epochs, "examples_per_step": per_step,
-                     "lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha},
-                    {"train/final_loss": last_loss, "train/dropped_share": 1 - float(np.mean(kept))}, total)  # fmt: skip
+                     "optimizer": o.name, "learning_rate": settings.learning_rate, "epochs": settings.epochs,
+                     "examples_per_step": per_step, "lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha},
+                    {"train/final_loss": tally.last_loss, "train/dropped_share": dropped}, total)  # fmt: skip
 
     if weights is None:
-        mask_stats["dropped_share"] = 1 - float(np.mean(kept))
-    if not outcomes.get("stepped"):
-        mend = "the mask keeps no token; raise --tau" if run.arm == "soft" else "the mask keeps no token; raise --threshold"
-        raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({outcomes}): {mend}")
-    save_adapter(model, folder, bench.subject.name)
+        mask_stats["dropped_share"] = dropped
+    if not tally.outcomes.get("stepped"):
+        mend = "the mask keeps no token; raise --tau" if run.mask == "soft" else "the mask keeps no token; raise --threshold"
+        raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({tally.outcomes}): {mend}")
+    save_state(model, folder, bench.subject.name)
     write_json(folder / "run.json", {
-        "status": "done", "run": run.__dict__, "steps": total, "outcomes": outcomes, "tokens": tokens, "seconds": round(seconds, 3),
-        "micro_tokens": step.micro_tokens, "examples": len(examples), "data": examples.report,
-        "mask": mask_stats, "reference": config.masking.reference if run.arm != "none" else None,
+        "status": "done", "run": run.__dict__, "steps": total, "outcomes": tally.outcomes, "tokens": tally.tokens,
+        "seconds": round(tally.seconds, 3), "micro_tokens": tally.micro_tokens, "examples": len(examples), "data": examples.report,
+        "mask": mask_stats, "reference": config.masking.reference if run.mask != "none" else None,
         "template": bench.subject.tokenizer.template, "dtype": str(model.dtype).removeprefix("torch."), "seed": bench.seed,
-        "base_fingerprint": model.fingerprint, "adapter_fingerprint": adapter_fingerprint(folder),
-        "learning_rate": settings.learning_rate, "final_loss": last_loss, "memory_gib": memory_gib(),
+        "base_fingerprint": model.fingerprint, "adapter_fingerprint": state_fingerprint(folder), "optimizer": choice,
+        "partition": partition, "learning_rate": settings.learning_rate,
+        "final_loss": tally.last_loss, "memory_gib": memory_gib(),
     })  # fmt: skip
-    note = "".join(f", {count} {outcome}" for outcome, count in outcomes.items() if outcome != "stepped")
-    print(f"{label}  {total:3d} steps{note}  loss {last_loss:6.3f}  dropped {mask_stats['dropped_share']:5.1%}  "
-          f"{tokens / seconds / 1000:4.1f}k tok/s {seconds:5.1f} s", flush=True)  # fmt: skip
+    note = "".join(f", {count} {outcome}" for outcome, count in tally.outcomes.items() if outcome != "stepped")
+    print(f"{label}  {total:3d} steps{note}  loss {tally.last_loss:6.3f}  dropped {mask_stats['dropped_share']:5.1%}  "
+          f"{tally.tokens / tally.seconds / 1000:4.1f}k tok/s {tally.seconds:5.1f} s", flush=True)  # fmt: skip
 
 
 def held_out_scores(bench: Bench, run: Run) -> dict[str, float]:
@@ -358,16 +385,15 @@ def run_study(config: Config, argv: list[str]) -> None:
     began = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LetheError("one process at a time: use --nproc-per-node 1")
+    for note in config.notes:
+        print(note)
     find_model(config.model.name)  # before the data: a wrong name is told as such
     tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
-    known = policies()
-    arms = parse_arms(config.mask, known)
-    refuse_masks(config, arms)
-    runs = plan_runs(list(tasks), arms, config.pairs, config.stage, any("adapter_nll" in known[arm] for arm in arms))
+    runs = plan(config, list(tasks))
     involved = {name for run in runs for name in (run.first, run.second)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name)
-    subject = evaluation.load_subject(config.model.name, config.device, config.dtype, config.template)
+    subject = load_subject(config.model.name, config.device, config.dtype, config.template)
     print(subject.about)
     # What "auto" turned out to be is part of the study: another machine must not mix its own choice in.
     resolved = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)
@@ -382,12 +408,18 @@ def run_study(config: Config, argv: list[str]) -> None:
         study = open_study(tree, resolved, identity, more, argv)
         bench = Bench(config, subject, tasks, study, seed)
         if config.inspect:
-            show_masks(bench, runs, arms)
+            show_masks(bench, runs)
             continue
         todo = [run for run in runs if not is_done(study.dir(run.folder))]
+        if (config.resume_stage1 or config.resume_stage2) and not any(asked_checkpoint(config, run) for run in runs):
+            raise LetheError("--resume_stage1, --resume_stage2: the checkpoint belongs to no run of this study")
         print(f"\nstudy      {tree}   seed {seed}")
         print(plan_lines(bench, runs, len(runs) - len(todo)))
-        names = [run.first if run.stage == 1 else f"{run.first} > {run.second}  {arm_label(run.arm)}" for run in todo]
+        if config.skip_training and todo:
+            print(f"skipped    the training of {len(todo)} runs, as asked")
+            todo = []
+        names = [f"{run.first if run.stage == 1 else f'{run.first} > {run.second}'}  {arm_label(run.arm)}" for run in todo]
+        names = [name.removesuffix("  lora_transfer") if run.stage == 1 else name for run, name in zip(todo, names, strict=True)]
         for number, (run, name) in enumerate(zip(todo, names, strict=True), 1):
             train_run(bench, run, f"{number:3d}/{len(todo)} {name:{max(map(len, names))}s}")
         only = {name.strip() for name in config.evaluation.tasks.split(",")} if config.evaluation.tasks else None
@@ -402,20 +434,16 @@ def run_study(config: Config, argv: list[str]) -> None:
     print(f"took       {time.perf_counter() - began:.0f} s")
 
 
-def refuse_masks(config: Config, arms: list[str]) -> None:
-    """Settings under which an arm could not run, told before anything is trained."""
-    masking, known = config.masking, policies()
-    matchable = [name for name in known if "count" not in known[name] and "adapter_nll" not in known[name]]
-    if masking.match not in matchable:
-        raise LetheError(f"--match {masking.match}: no such policy to match{nearest(masking.match, matchable)}")
-    for arm in config.arms or {}:
-        parse_arms(arm, known)
-    for arm in arms:
-        asked = masking.match if "count" in known[arm] else arm
-        if masking.threshold == 0 and asked in ("highest", "stm_dpf"):
-            raise LetheError(f"--mask {arm} drops what lies above --threshold, a perplexity: give one above 0 (dpf alone takes 0)")
-        if masking.reference == "online" and "adapter_nll" in known[arm]:
-            raise LetheError(f"--mask {arm} compares two stored models; give --reference start or base")
+def plan(config: Config, tasks: list[str]) -> list[Run]:
+    """The runs of the study, parents before children. Settings under which one of them could not run are told now."""
+    compared = optimizer_arms(config)
+    if compared is not None:
+        rates = {name: [rate for other, rate in compared if other == name] for name, _ in compared}
+        return plan_comparison(tasks, rates, config.pairs)
+    known = policies()
+    arms = parse_arms(config.mask, known)
+    refuse_masks(config, arms)
+    return plan_runs(tasks, arms, config.pairs, config.stage, any("adapter_nll" in known[arm] for arm in arms))
 
 
 def plan_lines(bench: Bench, runs: list[Run], done: int) -> str:
@@ -441,40 +469,6 @@ def plan_lines(bench: Bench, runs: list[Run], done: int) -> str:
     lines += [f"bad row    {line}" for line in list(dict.fromkeys(bad))[:20]]
     lines.append(f"plan       {len(runs)} run{'s' * (len(runs) > 1)}, {done} of them done before")
     return "\n".join(lines)
-
-
-def show_masks(bench: Bench, runs: list[Run], arms: list[str]) -> None:
-    """--inspect N: kept and dropped tokens of the first N examples of each pair and arm, here and as an HTML page."""
-    config = bench.config
-    shown_runs = [run for run in runs if run.stage == 2 and run.arm != "none"]
-    if not shown_runs:
-        raise LetheError("--inspect shows what a mask drops in stage 2; name one with --mask bottom10, and leave out --stage 1")
-    for run in shown_runs:
-        if config.masking.reference == "start" and not is_done(bench.study.dir(run.parent)):
-            # Nothing is trained here, so without the stage-1 adapter the base stands in, and the page says so.
-            print(f"{run.parent} is not trained yet: the base's perplexities are shown instead of the start model's")
-            bench_reference = None
-        else:
-            bench_reference = run.parent if config.masking.reference == "start" else None
-        examples = bench.examples(run.second, stage_config(config, 2, run.arm)[1])
-        nll = bench.scores(bench_reference, examples)
-        other = None
-        if "adapter_nll" in policies()[run.arm]:
-            if not is_done(bench.study.dir(f"lora_base/{run.second}")):
-                raise LetheError(f"--mask {run.arm} needs lora_base/{run.second}, which is not trained yet; run --stage 1 first")
-            other = bench.scores(f"lora_base/{run.second}", examples)
-        weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, config.masking.mask_end, bench.seed)
-        shown = [masked_example(examples, i, nll, weights, bench.subject.tokenizer) for i in range(min(config.inspect, len(examples)))]
-        title = f"{arm_label(run.arm)}: {run.first} > {run.second}"
-        subtitle = (f"perplexity under {bench_reference or 'the base'}; "
-                    f"{stats['dropped_share']:.1%} of {stats['completion_tokens']} completion tokens dropped, "
-                    f"{stats['emptied_examples']} examples left with their end token alone")  # fmt: skip
-        print(f"\n{title}\n{subtitle}")
-        for prompt, tokens in shown:
-            print("\n" + in_terminal(prompt, tokens, sys.stdout.isatty()))
-        page = bench.study.path / "inspect" / f"{arm_label(run.arm)}_{run.first}_to_{run.second}.html"
-        write_text(page, as_page(title, subtitle, shown))
-        print(f"\npage       {page}")
 
 
 def main(argv: list[str] | None = None) -> int:

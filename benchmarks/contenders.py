@@ -114,6 +114,7 @@ class Ours:
     def build(self, plan: list[list[int]], dropout: float) -> None:
         import train
         from lora.layers import add_lora, lora_parameters
+        from lora.resume import Learner
         from model import load_model
 
         s = self.settings
@@ -134,7 +135,7 @@ class Ours:
 
         self.plan = plan
         self.steps = train.fit(
-            model, lora_parameters(model), optimizers, batches, len(plan), seed=s.seed, schedule="constant",
+            model, Learner(model, lora_parameters(model), optimizers), batches, len(plan), seed=s.seed, schedule="constant",
             micro_tokens=micro_tokens_of(s.micro_tokens, model.device),
         )  # fmt: skip
 

@@ -36,11 +36,19 @@ class Addition(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """The weights of linears that share an input: whole (sum of out, in) is the memory, parts are its rows as parameters."""
+    """The weights of linears that share an input: whole (sum of out, in) is the memory, parts are its rows as parameters.
 
-    whole: Tensor
-    parts: tuple[Tensor, ...]
+    Weights that do not lie as they are multiplied (quantised, in host memory, sharded) have as whole an object whose
+    dense() makes the matrix. Each product asks for it, in the backward pass again, and nothing keeps it between them.
+    """
+
+    whole: Tensor  # or what has dense() -> Tensor
+    parts: tuple[Tensor, ...]  # those that may be trained; the rows of whole in their order
     bias: Tensor | None
+
+    def dense(self) -> Tensor:
+        """(sum of out, in) in the compute dtype"""
+        return self.whole if isinstance(self.whole, Tensor) else self.whole.dense()
 
 
 def linear(x: Tensor, weight: Joined, addition: Addition | None = None, row_keys: Tensor | None = None) -> Tensor:
@@ -93,20 +101,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _apply(before, source, residual, norm_weight, eps, weight: Joined, addition: Addition | None, row_keys):
     factors = addition.factors if addition else ()
     if not torch.is_grad_enabled():  # the same arithmetic without autograd's bookkeeping, which decoding would feel
-        y, source, *_ = _forward(before, eps, weight.whole, source, residual, norm_weight, weight.bias, addition, factors, row_keys)
+        y, source, *_ = _forward(before, eps, weight, source, residual, norm_weight, weight.bias, addition, factors, row_keys)
         return (y, source) if before == "norm" else y
-    meta = (before, eps, weight.whole, len(weight.parts), addition, row_keys)
+    meta = (before, eps, weight, addition, row_keys)
     return _Linear.apply(meta, source, residual, norm_weight, weight.bias, *weight.parts, *factors)
 
 
-def _forward(before, eps, whole, source, residual, norm_weight, bias, addition, factors, keys):
+def _forward(before, eps, weight, source, residual, norm_weight, bias, addition, factors, keys):
     """y, what the backward pass starts from (the sum, for a norm), rstd, and the rank-r products."""
     rstd = low = None
     if before == "norm":
         x, source, rstd = layers.add_rms_norm(source, residual, norm_weight, eps)
     else:
         x = layers.swiglu(source) if before == "swiglu" else source
-    y = product(x, whole, bias)
+    y = product(x, weight.dense(), bias)
     if addition:
         A = torch.cat(factors[::2])  # (sum of ranks, in)
         low = thin(x, A, addition.spans, addition.dropout, keys)  # (T, sum of ranks)
@@ -118,18 +126,18 @@ def _forward(before, eps, whole, source, residual, norm_weight, bias, addition, 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, meta, source, residual, norm_weight, bias, *tensors):
-        before, eps, whole, n_parts, addition, keys = meta
-        factors = tensors[n_parts:]
-        y, source, rstd, low = _forward(before, eps, whole, source, residual, norm_weight, bias, addition, factors, keys)
+        before, eps, weight, addition, keys = meta
+        factors = tensors[len(weight.parts) :]
+        y, source, rstd, low = _forward(before, eps, weight, source, residual, norm_weight, bias, addition, factors, keys)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(source, rstd, norm_weight, low, keys, *factors)
-        ctx.meta = before, whole, [part.shape[0] for part in tensors[:n_parts]], addition
+        ctx.meta = before, weight, [part.shape[0] for part in weight.parts], addition
         return (y, source) if before == "norm" else y
 
     @staticmethod
     def backward(ctx, grad, grad_sum=None):
         source, rstd, norm_weight, low, keys, *factors = ctx.saved_tensors
-        before, whole, sizes, addition = ctx.meta
+        before, weight, sizes, addition = ctx.meta
         _, needs_source, needs_residual, needs_norm, needs_bias, *needs = ctx.needs_input_grad
         needs_input = needs_source or needs_residual or needs_norm
         needs_weight = any(needs[: len(sizes)])
@@ -156,7 +164,7 @@ class _Linear(torch.autograd.Function):
         del x
         if not needs_input:
             return None, None, None, None, grad_bias, *grad_parts, *grad_factors
-        grad_x = grad @ whole
+        grad_x = grad @ weight.dense()
         if addition:
             thin_grad_x_(grad_x, grad_low, torch.cat(factors[::2]), spans, addition.dropout, keys)
         grad_norm = None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kernels.dropout import Span, mix, to_int32
 from kernels.linear import Addition
 from model.llama import GROUPS, LINEAR_NAMES, Linear, Llama
+from model.quantized import refuse_merging
 from study.errors import LetheError
 
 
@@ -179,27 +180,33 @@ def merge_adapter(model: Llama) -> None:
     """Adds the adapters into the weights (summed in float32, rounded once to the weights' dtype) and takes them off.
 
     The weights change in place: what was captured with their addresses stays valid. The model is another base afterwards,
-    and its fingerprint says so: the adapter does not fit it a second time.
+    and its fingerprint says so: the adapter does not fit it a second time. Raises LetheError for a quantised base.
     """
+    refuse_merging(model)
+    if model.stream:
+        model.stream.forget()
     projections = lora_layers(model).values()
     if projections and model.fingerprint:
         content = b"".join(tensor.cpu().numpy().tobytes() for p in projections for tensor in (p.lora_A[0], p.lora_B[0]))
         model.fingerprint = hashlib.sha256(model.fingerprint.encode() + content).hexdigest()[:16]
     for projection in projections:
         weight = projection.linear.weight.data
-        weight.copy_(weight.float() + projection.delta())
+        weight.copy_(weight.float() + projection.delta().to(weight.device))  # a streamed layer's weight is in host memory
     remove_lora(model)
 
 
 @contextmanager
 def merged(model: Llama) -> Iterator[None]:
     """Within it the model runs with its adapters merged; afterwards weights and adapters are back, bit for bit."""
+    refuse_merging(model)
     adapter, fingerprint = model.adapter, model.fingerprint
     kept = [(p.linear, p.linear.weight.detach().clone()) for p in lora_layers(model).values()]
     merge_adapter(model)
     try:
         yield
     finally:
+        if model.stream:
+            model.stream.forget()
         for linear, before in kept:
             linear.weight.data.copy_(before)
         if adapter is not None:

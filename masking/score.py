@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from data.batching import Examples, Micro, collate, micro_tokens_of
-from kernels import linear_nll
 from masking.weights import token_weights
 from model.attention import Pack
 from model.llama import Llama
@@ -31,7 +30,7 @@ def micro_nll(model: Llama, micro: Micro, sight: Pack | None = None, row_keys: t
     sight: of its examples, where the caller has it already. row_keys (T,): of the adapters' dropout.
     """
     sight = sight or Pack(micro.lengths, model.config, model.device)
-    return linear_nll(model.hidden(micro.input_ids, sight, micro.rows, row_keys), model.head_weight, micro.targets)
+    return model.nll(micro.input_ids, sight, micro.rows, micro.targets, row_keys)
 
 
 @torch.inference_mode()
@@ -60,7 +59,7 @@ def score_examples(
     # NaN marks what is not scored yet; a file of the wrong size is a leftover of a failed write. It is written out before
     # it is mapped, so that a full disk is an error here and not a fatal signal later.
     if not partial.is_file() or partial.stat().st_size != 4 * len(ids):
-        np.full(len(ids), np.nan, dtype=np.float32).tofile(partial)
+        write_bytes(partial, np.full(len(ids), np.nan, dtype=np.float32).tobytes())
     nll = np.memmap(partial, dtype=np.float32, mode="r+", shape=(len(ids),))
     offsets, lengths = examples.completion_offsets, examples.lengths
     order = np.argsort(lengths, kind="stable").tolist()
@@ -86,7 +85,7 @@ def score_examples(
         model.train(was_training)
     result = np.array(nll)
     write_bytes(file, save({"nll": result, "ids": ids}))
-    partial.unlink()
+    partial.unlink(missing_ok=True)  # another worker of the study may have scored the same and been first
     return result
 
 

@@ -71,6 +71,37 @@ def stm_metrics(base: Sequence[float], after: Sequence[float], target: int) -> d
     return {"TI": change[target], "BWT": _mean(others)}
 
 
+def two_stage_metrics(first: Sequence[float], second: Sequence[float]) -> dict[str, float | None]:
+    """Scores (base, after stage 1, after stage 2) on the first task A and on the second B -> what the two stages did.
+
+    F_abs             A(1) - A(2): what stage 2 took from the first task; below 0 it gave
+    F_rel             F_abs / A(1); None where A(1) is 0
+    F_base            A(0) - A(2): the loss against the untouched base, which may be negative though much was forgotten
+    L_A, L_B          A(1) - A(0) and B(2) - B(0): what each stage learned of its own task
+    forward_transfer  B(1) - B(0): what stage 1 did to the task that comes next
+    Under the names of seed 001, after stage 2, for comparison with its files:
+    performance_gap      |A(2) - B(2)|
+    average_performance  (A(2) + B(2)) / 2
+    performance_balance  1 - performance_gap
+    Gap and balance compare two tasks of other difficulty and chance level, and no earlier state enters them: a model that
+    has lost both tasks alike is in perfect balance.  They say nothing about forgetting; F_abs does.
+    """
+    if len(first) != 3 or len(second) != 3:
+        raise ValueError("each task needs three scores: base, after stage 1, after stage 2")
+    (a0, a1, a2), (b0, b1, b2) = (map(float, scores) for scores in (first, second))
+    return {
+        "F_abs": a1 - a2,
+        "F_rel": None if a1 == 0 else (a1 - a2) / a1,
+        "F_base": a0 - a2,
+        "L_A": a1 - a0,
+        "L_B": b2 - b0,
+        "forward_transfer": b1 - b0,
+        "performance_gap": abs(a2 - b2),
+        "average_performance": (a2 + b2) / 2,
+        "performance_balance": 1 - abs(a2 - b2),
+    }
+
+
 def chance_centred(accuracy: float, options: int) -> float:
     """(accuracy - 1/k) / (1 - 1/k): 0 is guessing among k options, 1 is perfect."""
     if options < 2:

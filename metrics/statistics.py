@@ -116,3 +116,53 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, roun
         "high": float(high),
         "p": float(min(1.0, max(2 * tail, 1 / rounds))),
     }
+
+
+def sign_flip(differences: Sequence[int]) -> float:
+    """p of the exact sign-flip test: the share of all sign patterns whose |sum| is at least the one seen.
+
+    differences: one whole number an item, for example the seeds in which b had it right less those in which a had.  An item's
+    seeds keep one sign together, so answers that go together are no independent evidence.  For one seed this is the exact
+    McNemar test.  Raises ValueError for numbers that are not whole.
+    """
+    steps = numpy.asarray(differences, dtype=numpy.float64)
+    if steps.ndim != 1 or (steps != numpy.rint(steps)).any():
+        raise ValueError("the sign-flip test counts: differences must be one list of whole numbers")
+    seen, sizes = abs(int(steps.sum())), numpy.abs(steps[steps != 0]).astype(int)
+    reach = int(sizes.sum())
+    share = numpy.zeros(2 * reach + 1)  # of patterns whose sum is index - reach
+    share[reach] = 1.0
+    for size in sizes:
+        share = 0.5 * (numpy.roll(share, size) + numpy.roll(share, -size))  # the ends are still empty, so nothing wraps
+    sums = numpy.abs(numpy.arange(-reach, reach + 1))
+    return min(1.0, float(share[sums >= seen].sum()))
+
+
+def compare_items(a: Sequence, b: Sequence, seed: int = 0) -> dict:
+    """mean(b - a) over the same items of every seed: a, b (seeds, items), or (items,) of one.
+
+    {"difference", "low", "high", "p_bootstrap", "p", "only_a", "only_b", "by_seed", "seed_low", "seed_high"}.  low, high: the
+    bootstrap interval over items.  An item is one cluster: its scores of all seeds are averaged before items are
+    resampled, since seeds share the items.  That interval holds for these trained models; how far other seeds would be
+    apart is told by seed_low and seed_high (Student's over the seeds' differences, NaN for one seed).  p: the exact
+    sign-flip test by item (one seed: McNemar), NaN where scores are not whole; only_a, only_b: scores one side had alone.
+    """
+    first, second = (numpy.atleast_2d(numpy.asarray(x, dtype=numpy.float64)) for x in (a, b))
+    if first.shape != second.shape or first.size == 0:
+        raise ValueError(f"a and b must be scores of the same seeds and items, not of shapes {first.shape} and {second.shape}")
+    change = second - first  # (seeds, items)
+    found = paired_bootstrap(first.mean(axis=0), second.mean(axis=0), seed)
+    _, seed_low, seed_high = seed_interval(change.mean(axis=1))
+    whole = bool((change == numpy.rint(change)).all())
+    return {
+        "difference": found["difference"],
+        "low": found["low"],
+        "high": found["high"],
+        "p_bootstrap": found["p"],
+        "p": sign_flip(change.sum(axis=0)) if whole else math.nan,
+        "only_a": int((change < 0).sum()),
+        "only_b": int((change > 0).sum()),
+        "by_seed": [float(x) for x in change.mean(axis=1)],
+        "seed_low": seed_low,
+        "seed_high": seed_high,
+    }

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.config import LlamaConfig
-from model.llama import Llama
+from model.llama import LINEAR_NAMES, Llama
+from model.quantized import Packed, check_quantize, pack, put_packed
 from study.errors import LetheError
 from study.folder import replacing
 
@@ -104,17 +106,45 @@ def open_safetensors(file: Path):
         raise LetheError(f"{file} is cut or no safetensors file ({error}); fetch it again") from error
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Llama:
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", quantize: str = "none"
+) -> Llama:  # fmt: skip
     """Loads a Hugging Face Llama folder, a hub id, or "nano", frozen and in eval mode.
 
     Tensors stream one at a time from the mapped file into their final dtype and device, so memory stays near the weights.
+    quantize: "nf4" or "int8" keeps the linears of the layers so, see model.quantized; dtype is then that of all else.
     Raises LetheError for a missing, cut or ill-fitting file, naming the first tensors that do not fit.
     """
     folder = find_model(str(path))
-    config = load_config(folder)
     with torch.device("meta"):
-        model = Llama(config)
-    wanted = dict(model.named_parameters())
+        model = Llama(load_config(folder))
+    packed: dict[str, Packed] = {}
+    if quantize != "none":
+        check_quantize(quantize)
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module)
+        if quantize != "none" and leaf == "weight" and name.split(".")[-2] in LINEAR_NAMES:
+            packed[name] = pack(tensor.to(device), quantize, dtype)
+            module.weight = None
+        else:
+            final = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+            setattr(module, leaf, torch.nn.Parameter(final, requires_grad=False))
+
+    fill(model, folder, put)
+    if quantize != "none":
+        put_packed(model, packed, quantize)
+    model.join()
+    return model.eval()
+
+
+def fill(model: Llama, folder: Path, put: Callable[[str, torch.Tensor], None]) -> None:
+    """Hands every weight of a folder to put(name, CPU tensor as in the file), one at a time, and sets the model's fingerprint.
+
+    The model's parameters, on any device, "meta" too, say what there must be. Raises LetheError as load_model does.
+    """
+    config, wanted = model.config, dict(model.named_parameters())
     unexpected, misshapen = [], []
     samples: dict[str, bytes] = {}
     for file in weight_files(folder):
@@ -130,9 +160,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
                     misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
                     continue
                 samples[name] = sample_of(name, tensor)
-                final = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-                module, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(module), leaf, torch.nn.Parameter(final, requires_grad=False))
+                put(name, tensor)
     missing = [name for name in wanted if name not in samples and not any(name in text for text in misshapen)]
     for what, names in (("misses", missing), ("has unexpected", unexpected), ("has misshapen", misshapen)):
         if names:
@@ -141,8 +169,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     # By name, so that it does not matter how the weights are cut into files.
     content = json.dumps(config.__dict__, sort_keys=True).encode() + b"".join(samples[name] for name in sorted(samples))
     model.fingerprint = hashlib.sha256(content).hexdigest()[:16]
-    model.join()
-    return model.eval()
+    model.source = folder
 
 
 def sample_of(name: str, tensor: torch.Tensor, values: int = 64) -> bytes:
@@ -152,10 +179,12 @@ def sample_of(name: str, tensor: torch.Tensor, values: int = 64) -> bytes:
     return name.encode() + str(tuple(tensor.shape)).encode() + picked.numpy().tobytes()
 
 
-def save_weights(model: Llama, file: Path, dtype: torch.dtype | None = None) -> None:
+def save_weights(model: Llama, file: Path, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
     """Writes the weights under Hugging Face's names (a tied head is not repeated), atomically."""
+    if model.quantized:
+        raise LetheError(f"the base is kept in {model.quantized}, so its weights cannot be written; load it without --quantize")
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if not name.startswith("adapter.")}
-    write_tensors(file, {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()})
+    write_tensors(file, {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}, metadata)
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -12,13 +12,17 @@ Llama 3.1. Parameter names are Hugging Face's, so a checkpoint's tensors drop in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import linear_nll
 from kernels.linear import Addition, Joined, linear, norm, norm_linear, rotate, swiglu_linear
 from model.attention import Pack
 from model.config import LlamaConfig
@@ -41,8 +45,20 @@ class Embedding(nn.Embedding):
         pass
 
 
+class Apart(NamedTuple):
+    """Weights that stay where they are, and are joined for each product anew."""
+
+    parts: tuple[nn.Parameter, ...]
+
+    def dense(self) -> Tensor:
+        weights = [part.detach() for part in self.parts]
+        return torch.cat(weights) if len(weights) > 1 else weights[0]
+
+
 class Block(nn.Module):
     """The linears of attention or of the MLP under Hugging Face's names; those with one input are multiplied as one."""
+
+    apart = False  # the weights come and go (FSDP2 gathers them for a pass and frees them): nothing of them may be kept
 
     def __init__(self, bias: bool, **shapes: tuple[int, int]):
         super().__init__()
@@ -51,10 +67,21 @@ class Block(nn.Module):
         names = {group: [name for name in members if name in shapes] for group, members in GROUPS.items()}
         self._groups = {group: [getattr(self, name) for name in members] for group, members in names.items() if members}
         self._joined: dict[str, tuple[list[int], Joined]] = {}
+        self.elsewhere: dict[str, Any] = {}  # group -> what makes its matrix, if quantised (model.quantized) or streamed (model.offload)
 
     def joined(self, group: str) -> Joined:
         """The weights of a group as one matrix whose rows they are. Where they lie apart (just loaded or moved) they are joined."""
         linears = self._groups[group]
+        if group in self.elsewhere:
+            found = Joined(self.elsewhere[group], (), None)
+        elif self.apart:
+            parts = tuple(module._parameters["weight"] for module in linears)
+            found = Joined(Apart(parts), parts, None)
+        else:
+            found = self._in_one(group, linears)
+        return found if linears[0].bias is None else found._replace(bias=torch.cat([module.bias for module in linears]))
+
+    def _in_one(self, group: str, linears: list[Linear]) -> Joined:
         places = [module._parameters["weight"].data_ptr() for module in linears]
         if group not in self._joined or self._joined[group][0] != places:
             with torch.inference_mode(False), torch.no_grad():
@@ -65,8 +92,7 @@ class Block(nn.Module):
                         module.weight.data = rows
             places = [module.weight.data_ptr() for module in linears]
             self._joined[group] = places, Joined(whole, tuple(module.weight for module in linears), None)
-        found = self._joined[group][1]
-        return found if linears[0].bias is None else found._replace(bias=torch.cat([module.bias for module in linears]))
+        return self._joined[group][1]
 
 
 class RMSNorm(nn.Module):
@@ -86,6 +112,10 @@ class Layer(nn.Module):
         self.mlp = Block(config.mlp_bias, gate_proj=(H, inner), up_proj=(H, inner), down_proj=(inner, H))
         self.input_layernorm = RMSNorm(H, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(H, config.rms_norm_eps)
+
+    def groups(self) -> Iterator[tuple[Block, str]]:
+        """The linears that are multiplied as one, in the order of their products."""
+        return ((block, group) for block in (self.self_attn, self.mlp) for group in block._groups)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, sight: Pack, added: dict[str, Addition], row_keys: Tensor | None, rows: Tensor | None
@@ -124,7 +154,11 @@ class Llama(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.adapter: nn.Module | None = None  # lora.layers.LoRA; its additions(dtype) are what it adds to each layer's linears
         self.fingerprint = ""  # names the base's weights; set by load_model, stored with adapters and scores
+        self.source: Path | None = None  # the folder they were loaded from
+        self.altered = False  # full fine-tuning has changed them since
         self.gradient_checkpointing = False
+        self.quantized = ""  # "nf4" or "int8" where the layers' linears are kept so (model.quantized); they cannot be merged into
+        self.stream: Any = None  # brings layers from host memory, where some are there (model.offload)
 
     @property
     def head_weight(self) -> Tensor:
@@ -152,8 +186,9 @@ class Llama(nn.Module):
     def join(self) -> None:
         """Joins the weights that are multiplied as one, so that their memory no longer moves. Otherwise the first pass does."""
         for layer in self.model.layers:
-            for group in GROUPS:
-                (layer.self_attn if group in ("qkv", "o") else layer.mlp).joined(group)
+            for block, group in layer.groups():
+                if not block.apart:
+                    block.joined(group)
 
     def hidden(self, input_ids: Tensor, sight: Pack | None = None, rows: Tensor | None = None, row_keys: Tensor | None = None) -> Tensor:
         """States after the final norm. input_ids (B, T) -> (B, T, H); or packed (T,) with its sight (model.attention) -> (T, H).
@@ -168,13 +203,21 @@ class Llama(nn.Module):
             added = self.adapter.additions(x.dtype)
             if row_keys is None and self.adapter.drops:
                 row_keys = torch.randint(-(2**31), 2**31 - 1, (len(x),), dtype=torch.int32, device=x.device)
-        saves = self.gradient_checkpointing and torch.is_grad_enabled()
+        streamed = self.stream.begin() if self.stream else ()
         for index, layer in enumerate(self.model.layers):
+            saves = (self.gradient_checkpointing or index in streamed) and torch.is_grad_enabled()
             run = partial(checkpoint, layer, use_reentrant=False) if saves else layer
             last = index + 1 == len(self.model.layers)
             x, residual = run(x, residual, sight, added.get(index, {}), row_keys, rows if last else None)
         states = norm(x, residual, self.model.norm.weight, self.model.norm.eps)  # of all layers' sum
         return states if rows is not None else states.view(*input_ids.shape, -1)
+
+    def nll(self, input_ids: Tensor, sight: Pack, rows: Tensor, targets: Tensor, row_keys: Tensor | None = None) -> Tensor:
+        """Losses (n,) float32 of targets (n,), which the states of rows (n,) predict: the whole way from tokens in one method.
+
+        input_ids (T,) packed, with their sight; rows of them; row_keys (T,) as for hidden.
+        """
+        return linear_nll(self.hidden(input_ids, sight, rows, row_keys), self.head_weight, targets)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return F.linear(self.hidden(input_ids), self.head_weight)

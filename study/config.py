@@ -6,147 +6,16 @@ sets both stages.  `-`, `_` and `.` mean the same in flags.  Unknown names and b
 """
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
 
 import yaml
 
 from study.errors import LetheError
-from study.flags import (
-    CONFIGS,
-    FRACTION,
-    FROM_ZERO,
-    POSITIVE,
-    SOME_TEXT,
-    build,
-    help_text,
-    opt,
-    read_flags,
-    read_yaml,
-)
+from study.flags import CONFIGS, build, help_text, load_yaml, read_flags, read_tree, read_yaml
 from study.plan import nearest
-
-OPTIMIZERS = Literal["adamw"]
-DEVICE = (lambda v: v in ("auto", "cpu", "cuda") or v[:5] == "cuda:" and v[5:].isdecimal(), "auto, cpu, cuda or cuda:N")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    name: str = opt("nano", "built-in 'nano', a Hugging Face Llama folder, or a hub id", SOME_TEXT)
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    rank: int = opt(16, "rank of the two factors", POSITIVE)
-    alpha: float = opt(16.0, "scale is alpha / rank", POSITIVE)
-    dropout: float = opt(0.05, "dropout on the adapter's input", FRACTION)
-    targets: list[str] | str = opt("all", "'all' linears, or names: q_proj,v_proj")
-    rslora: bool = opt(False, "scale by alpha / sqrt(rank)")
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    epochs: float = opt(3.0, "passes over the task", POSITIVE)
-    max_steps: int | None = opt(None, "stop after so many optimizer steps", POSITIVE)
-    learning_rate: float = opt(1e-4, "peak learning rate", POSITIVE)
-    batch_size: int = opt(16, "times gradient_accumulation: examples in a step", POSITIVE)
-    gradient_accumulation: int = opt(4, "times batch_size: examples in a step", POSITIVE)
-    warmup_ratio: float = opt(0.1, "share of the steps spent warming up", (lambda v: 0 <= v <= 1, "from 0 to 1"))
-    scheduler: Literal["cosine", "linear", "constant"] = opt("cosine", "the curve after warm-up")
-    weight_decay: float = opt(0.0, "decoupled weight decay", FROM_ZERO)
-    max_grad_norm: float = opt(1.0, "clip the gradient norm (0: never)", FROM_ZERO)
-    gradient_checkpointing: bool = opt(False, "recompute activations, to save memory")
-    log_steps: int = opt(10, "one logged line per so many steps", POSITIVE)
-    eval_steps: int | None = opt(None, "score a few test items every so many steps", POSITIVE)
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    stage1: StageConfig = field(default_factory=StageConfig)
-    stage2: StageConfig = field(default_factory=StageConfig)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    name: OPTIMIZERS = opt("adamw", "which optimizer: adamw")
-    beta1: float = opt(0.9, "decay of the first moment", FRACTION)
-    beta2: float = opt(0.999, "decay of the second moment", FRACTION)
-    eps: float = opt(1e-8, "added to the denominator", POSITIVE)
-
-
-@dataclass(frozen=True)
-class MaskingConfig:
-    threshold: float = opt(30.0, "highest: drop tokens of a perplexity above this", (lambda v: v >= 0, "0 or more"))
-    group_size: int = opt(4, "bottom10: tokens in a window", POSITIVE)
-    overlap_ratio: float = opt(0.2, "bottom10: overlap of neighbouring windows", FRACTION)
-    ratio: float = opt(0.1, "bottom10: share of the windows to drop", (lambda v: 0 < v < 1, "between 0 and 1"))
-    direction: Literal["low_ppl", "low_confidence"] = opt("low_ppl", "bottom10: which end of the windows to drop")
-    reference: Literal["start", "base", "online"] = opt("start", "the model whose perplexities decide")
-    match: str = opt("highest", "lowest, random: drop as many as this arm does")
-    normalize: Literal["kept", "all"] = opt("kept", "divide the loss by the kept or by all completion tokens")
-    mask_end: bool = opt(False, "let the end-of-turn token be dropped too")
-    tau: float = opt(0.75, "soft: width of the weight exp(-((ppl - 1) / tau)^2)", POSITIVE)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    batch_size: int = opt(64, "prompts decoded together", POSITIVE)
-    max_new_tokens: int | None = opt(None, "longest answer (default: the task's own)", POSITIVE)
-    tasks: str | None = opt(None, "score these tasks only")
-    eval_items: int = opt(64, "test items scored at every eval_steps", POSITIVE)
-
-
-@dataclass(frozen=True)
-class Config:
-    """One study.  `sources` names the YAML files that were read; it is no leaf."""
-
-    datasets: str | None = opt(None, "tasks: a,b | name=file.jsonl | all (default: all under --data_root)")
-    data_root: str = opt("data", "where the data folders lie")
-    pairs: str | None = opt(None, "stage-2 pairs: a:b,c:d (default: every ordered pair)")
-    stage: int | None = opt(None, "1 or 2 (default: both)", (lambda v: v in (1, 2), "1 or 2"))
-    mask: str | None = opt(None, "arms, see masking/weights.py (default: none,bottom10,highest)")
-    out: str = opt("out/{model}", "study folder; may contain {model} and {timestamp}", SOME_TEXT)
-    seed: int = opt(0, "seed of everything random", FROM_ZERO)
-    seeds: str | None = opt(None, "several seeds: 0,1,2")
-    device: str = opt("auto", "auto | cpu | cuda | cuda:N", DEVICE)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "compute type")
-    template: Literal["auto", "llama3", "llama3-bare", "plain"] = opt("auto", "prompt template")
-    max_length: int = opt(2048, "longest example in tokens", POSITIVE)
-    micro_tokens: int | None = opt(None, "most tokens in one pass of a step (default: 16384 on CUDA, 4096 on CPU)", POSITIVE)
-    max_train: int | None = opt(None, "train on at most so many rows of a task", POSITIVE)
-    max_test: int | None = opt(None, "score at most so many rows of a task", POSITIVE)
-    strict: bool = opt(False, "a bad record is an error")
-    inspect: int | None = opt(None, "show kept and dropped tokens of so many examples, train nothing", POSITIVE)
-    print_config: bool = opt(False, "print what would run, train nothing")
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    arms: dict[str, dict] | None = opt(None, "YAML only: stage-2 settings of one arm, {bottom10: {learning_rate: 2e-5}}")
-    sources: tuple = field(default=(), init=False, repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    root: str | None = opt(None, "study folder (default: the newest under out/)")
-    model: str | None = opt(None, "score this model, without a study")
-    adapter: str | None = opt(None, "adapter folder to put on --model")
-    tasks: str | None = opt(None, "score these tasks only: a,b")
-    datasets: str | None = opt(None, "like train.py: a,b | name=file.jsonl | all")
-    data_root: str = opt("data", "where the data folders lie")
-    max_test: int | None = opt(None, "score at most so many rows of a task", POSITIVE)
-    batch_size: int = opt(64, "prompts decoded together", POSITIVE)
-    max_new_tokens: int | None = opt(None, "longest answer (default: the task's own)", POSITIVE)
-    device: str = opt("auto", "auto | cpu | cuda | cuda:N", DEVICE)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "compute type")
-    template: Literal["auto", "llama3", "llama3-bare", "plain"] = opt("auto", "prompt template")
-    out: str | None = opt(None, "where the results of --model go", SOME_TEXT)
-    replot: bool = opt(False, "draw again from the stored results, score nothing")
-    no_merge: bool = opt(False, "with --adapter: score once more with the adapter beside the weights, and say what differs")
-    sources: tuple = field(default=(), init=False, repr=False, compare=False)
-
+from study.seed_words import is_seed_style, translate
+from study.settings import OPTIMIZERS, OUT, Config, EvalConfig, StageConfig
+from study.settings import OptimizerConfig as OptimizerConfig
 
 TRAIN_EXAMPLES = """\
 Fine-tune a Llama on one task after another and see what it forgets.
@@ -157,8 +26,10 @@ Fine-tune a Llama on one task after another and see what it forgets.
   python train.py --config configs/masking.yaml --model meta-llama/Llama-3.2-1B-Instruct
   python train.py --datasets mine=path/to/file.jsonl --stage 1
   python train.py --mask bottom10 --inspect 3         show kept and dropped tokens, train nothing
+  python train.py --compare_optimizers                AdamW against Muon, at several learning rates
 
-Order: defaults < --config FILE < flags. Without --config, the nano model takes configs/nano.yaml.
+Order: defaults < --config FILE < flags. Without --config, the nano model takes configs/nano.yaml, or
+configs/optimizers.yaml with --compare_optimizers.
 The same command again continues what is unfinished."""
 EVAL_EXAMPLES = """\
 Score what was trained, fill the retention matrix, draw it.
@@ -168,7 +39,12 @@ Score what was trained, fill the retention matrix, draw it.
   python eval.py --root out/nano --replot             tables and plots only
   python eval.py --model DIR --adapter DIR --tasks gsm8k,svamp"""
 TITLES = {
-    "": "Study",
+    "": "Study: what runs, and where it goes",
+    "max_train": "Data",
+    "inspect": "Instead of training",
+    "study": "Optimizer study",
+    "full": "What is trained, and on what",
+    "shard": "Several processes, checkpoints",
     "model": "Model",
     "lora": "LoRA",
     "training": "Training (both stages; --stage2.epochs sets one)",
@@ -186,15 +62,97 @@ def parse(argv: list[str], program: str = "train") -> Any:
         print(help_text(Config, TRAIN_EXAMPLES, TITLES))
         raise SystemExit(0)
     given, files = read_flags(list(argv), Config)
-    asked = next((value for hits, value, _ in reversed(given) if hits == ["model.name"]), "nano")
-    if not files and asked == "nano":
-        files = [str(CONFIGS / "nano.yaml")]
-    config = build(Config, [read_yaml(path, Config) for path in files] + [given])
+    asked = {name: value for hits, value, _ in given for name in hits}
+    if not files and asked.get("model.name", "nano") == "nano":
+        optimizers = asked.get("compare_optimizers") == "true" or "comparison" in asked or asked.get("study") == "optimizers"
+        files = [str(CONFIGS / ("optimizers.yaml" if optimizers else "nano.yaml"))]
+    layers, notes = [], []
+    for path in files:
+        tree = load_yaml(path)
+        layer, said = translate(tree, path, Config) if is_seed_style(tree) else (read_tree(tree, path, Config), [])
+        layers.append(layer)
+        notes += [f"{path}: {line}" for line in said]
+    config = build(Config, [*layers, given])
+    named = {name for layer in layers for hits, _, _ in layer for name in hits} | set(asked)
+    if "comparison" in asked and "compare_optimizers" not in asked:
+        config = dataclasses.replace(config, compare_optimizers=True)
+    if config.compare_optimizers or config.study == "optimizers":
+        config = _as_optimizer_study(config, asked, named)
+    _refuse_conflicts(config)
     object.__setattr__(config, "sources", tuple(files))
+    object.__setattr__(config, "notes", tuple(notes))
     if config.arms:
         object.__setattr__(config, "arms", _check_arms(config.arms, ", ".join(files)))
     parse_seeds(config)
     return config
+
+
+def _as_optimizer_study(config: Config, flags: dict[str, str], named: set[str]) -> Config:
+    """The leaves that follow from an optimizer study.  flags: leaves given as flags; named: given at all."""
+    if config.compare_optimizers and "optimizer.name" in flags:
+        raise LetheError("--optimizer takes one optimizer and --compare_optimizers those of --comparison; give one of them")
+    if config.mask not in (None, "none"):
+        raise LetheError(f"an optimizer study masks nothing, and --mask {config.mask} is asked; leave out one of them")
+    changes: dict[str, Any] = {"study": "optimizers", "mask": "none"}
+    if "out" not in named:  # a study of masks may lie in the other folder
+        changes["out"] = f"{OUT}_optimizers"
+    if config.comparison and "training.stage1.learning_rate" in flags and "comparison" not in flags:  # flags win over files
+        changes["comparison"] = {name: [config.training.stage1.learning_rate] for name in config.comparison}
+    return dataclasses.replace(config, **changes)
+
+
+def _refuse_conflicts(config: Config) -> None:
+    """Settings that contradict each other, told in one line before anything is loaded."""
+    arms, resumed = optimizer_arms(config), config.resume_stage1 or config.resume_stage2
+    shown = "--resume_stage1" if config.resume_stage1 else "--resume_stage2"
+    for wrong, line in (
+        (config.full and config.quantize != "none", f"--full trains the weights that --quantize {config.quantize} freezes; leave out one"),
+        (config.full and config.max_memory, "--full trains the weights that --max_memory keeps away; use --shard model"),
+        (config.shard == "model" and not config.full, "--shard model is for --full; give it too, or use --shard runs"),
+        (arms and config.stage, f"an optimizer study trains both stages; leave out --stage {config.stage}"),
+        (arms and config.inspect, "--inspect shows what a mask drops, and an optimizer study masks nothing; leave it out"),
+        (arms and config.arms, "arms: are settings of masks, and an optimizer study has none; leave them out"),
+        (resumed and arms and len(arms) > 1, f"{shown} names one run's checkpoint, and there are {len(arms or [])} optimizers and rates; "
+         "without it the same command continues each from its newest"),
+        (resumed and config.seeds and len(parse_seeds(config)) > 1, f"{shown} names one run's checkpoint, and there are several seeds; "
+         "without it the same command continues each from its newest"),
+        (resumed and config.skip_training, f"{shown} trains and --skip_training does not; give one of them"),
+        (config.resume_stage2 and config.stage == 1, "--resume_stage2 goes on with stage 2, and --stage 1 ends before it; leave out one"),
+        (config.inspect and config.skip_training, "--inspect and --skip_training: give one of them"),
+    ):  # fmt: skip
+        if wrong:
+            raise LetheError(line)
+
+
+def optimizer_arms(config: Config) -> list[tuple[str, float]] | None:
+    """(optimizer, learning rate of stage 1) of each arm of an optimizer study; None for a study of masks."""
+    if config.study != "optimizers":
+        return None
+    rate = config.training.stage1.learning_rate
+    if not config.compare_optimizers:
+        return [(config.optimizer.name, rate)]
+    comparison = config.comparison or {name: [rate] for name in get_args(OPTIMIZERS)}
+    return [(name, rate) for name, rates in comparison.items() for rate in dict.fromkeys(rates)]
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration of one run: `changes` gives leaves by their dotted names.
+
+    "learning_rate" is stage 1's, and stage 2's follows in the proportion that the two have in `config`.
+    """
+    for name, value in changes.items():
+        if name == "learning_rate":
+            one, two = (stage.learning_rate for stage in (config.training.stage1, config.training.stage2))
+            config = _with(config, "training.stage1.learning_rate", value)
+            config = _with(config, "training.stage2.learning_rate", two if value == one else value * (two / one))
+        else:
+            config = _with(config, name, value)
+    return config
+
+
+def _with(tree: Any, name: str, value: Any) -> Any:
+    head, _, rest = name.partition(".")
+    return dataclasses.replace(tree, **{head: _with(getattr(tree, head), rest, value) if rest else value})
 
 
 def parse_eval(argv: list[str]) -> EvalConfig:
@@ -257,8 +215,7 @@ def parse_seeds(config: Config) -> list[int]:
 def to_dict(config: Any) -> dict:
     """The leaves as a nested dict, as YAML and JSON take it."""
     tree = dataclasses.asdict(config)
-    tree.pop("sources", None)
-    return tree
+    return {f.name: tree[f.name] for f in dataclasses.fields(config) if f.init}
 
 
 def config_text(config: Any) -> str:

@@ -7,6 +7,7 @@ wrong is told in one line.
 import dataclasses
 import difflib
 import typing
+from collections.abc import Iterable, Iterator
 from dataclasses import field
 from math import inf
 from pathlib import Path
@@ -117,8 +118,8 @@ def read_flags(argv: list[str], cls: type) -> tuple[list[tuple[list[str], Any, s
     return given, configs
 
 
-def read_yaml(path: str | Path, cls: type) -> list[tuple[list[str], Any, str]]:
-    """A YAML file as [(leaves, value, "file: key")]; `model: X` and tails of names are understood as in flags."""
+def load_yaml(path: str | Path) -> dict:
+    """A YAML file as nested dicts; LetheError names the file, and the line that is no YAML."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -136,23 +137,42 @@ def read_yaml(path: str | Path, cls: type) -> list[tuple[list[str], Any, str]]:
         tree = {}
     if not isinstance(tree, dict):
         raise LetheError(f"{path}: a configuration is a list of 'key: value' lines, not a {type(tree).__name__}")
-    table, found = flags_of(cls), []
-    sections = {".".join(n.split(".")[:k]) for n in leaves(cls) for k in range(1, n.count(".") + 1)}
+    return tree
 
-    def walk(branch: dict, prefix: str) -> None:
-        for key, value in branch.items():
-            name = prefix + str(key).replace("-", "_")
-            if isinstance(value, dict) and name != "arms":
-                if name not in sections and name not in ("stage1", "stage2"):
-                    resolve(name.replace(".", "_"), table, f"'{name}'", f"{path}: ")
-                walk(value, name + ".")
-            elif value is not None or name not in sections:
-                found.append(
-                    (resolve(name.replace(".", "_"), table, f"'{name}'", f"{path}: "), value, f"{path}: {name}")
-                )
 
-    walk(tree, "")
-    return found
+def flatten(tree: dict, whole: Iterable[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of nested dicts, `_` for `-`; the names in `whole`, and empty dicts, stay dicts."""
+    for key, value in tree.items():
+        name = prefix + str(key).replace("-", "_")
+        if isinstance(value, dict) and value and name not in whole:
+            yield from flatten(value, whole, name + ".")
+        else:
+            yield name, value
+
+
+def read_tree(tree: dict, path: str | Path, cls: type) -> list[tuple[list[str], Any, str]]:
+    """Nested dicts as [(leaves, value, "file: key")]; `model: X` and tails of names are understood as in flags."""
+    table, types = flags_of(cls), leaves(cls)
+    sections = {".".join(n.split(".")[:k]) for n in types for k in range(1, n.count(".") + 1)} | {"stage1", "stage2"}
+    whole = {name for name, (kind, _) in types.items() if _is_mapping(kind)}
+    for name, value in tree.items():  # a section that is none, before what lies in it
+        name = str(name).replace("-", "_")
+        if isinstance(value, dict) and name not in {*sections, *whole}:
+            resolve(name, table, f"'{name}'", f"{path}: ")
+    return [
+        (resolve(name.replace(".", "_"), table, f"'{name}'", f"{path}: "), value, f"{path}: {name}")
+        for name, value in flatten(tree, whole)
+        if value not in (None, {}) or name not in sections
+    ]
+
+
+def read_yaml(path: str | Path, cls: type) -> list[tuple[list[str], Any, str]]:
+    """A YAML file as read_tree gives it."""
+    return read_tree(load_yaml(path), path, cls)
+
+
+def _is_mapping(kind: Any) -> bool:
+    return any(typing.get_origin(part) is dict for part in (kind, *typing.get_args(kind)))
 
 
 def build(cls: type, layers: list[list[tuple[list[str], Any, str]]]) -> Any:
@@ -170,6 +190,8 @@ def _prepare(value: Any, kind: Any, name: str) -> Any:
     """YAML niceties: lists for comma-separated leaves, numbers for text leaves; 'a,b' for list leaves."""
     if name.endswith("lora.targets") and isinstance(value, str) and value != "all":
         return [part.strip() for part in value.split(",") if part.strip()]
+    if name == "comparison" and isinstance(value, dict):  # one rate needs no list
+        return {key: rates if isinstance(rates, list) else [rates] for key, rates in value.items()}
     if kind in (str, str | None):
         if isinstance(value, list):
             return ",".join(str(part) for part in value)
@@ -209,8 +231,9 @@ def _words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(parts)
     known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if typing.get_origin(kind) is dict or typing.get_origin(parts[0] if parts else None) is dict:
-        return "a mapping of arms to settings"
+    if _is_mapping(kind):
+        rates = "a mapping of optimizers to learning rates, such as {adamw: [1e-3, 3e-3]}"
+        return rates if float in typing.get_args(typing.get_args(parts[0])[1]) else "a mapping of arms to settings"
     return " or ".join(known.get(p, "a list of names") for p in parts) if parts else known[kind]
 
 
@@ -225,20 +248,24 @@ def _make(cls: type, typed: dict[str, Any], prefix: str = "") -> Any:
 
 
 def help_text(cls: type, examples: str, titles: dict[str, str]) -> str:
-    """The page of --help: common commands, then the flags by section (titles: its headings) with their defaults."""
+    """The page of --help: common commands, then the flags with their defaults.
+
+    titles: headings by section (that of the leaves outside of any: ""), and by the leaf that a part of a section begins with.
+    """
     lines, section, table = [examples], None, flags_of(cls)
-    for name, (_, f) in leaves(cls).items():
+    for name, (kind, f) in leaves(cls).items():
         if name.startswith("training.stage2") or name == "arms":
             continue
         head, _, leaf = name.rpartition(".")
         head = head.split(".")[0]
-        if head != section:
-            section = head
-            lines += ["", titles[head]]
-            if not head:
+        if head != section or name in titles:
+            lines += ["", titles.get(name) or titles[head]]
+            if section is None:
                 lines.append(f"  {'--config FILE':26s} a YAML file, for example configs/nano.yaml")
+            section = head
         flag = head if leaf == "name" else f"lora_{leaf}" if head == "lora" else leaf
         flag = flag if name in table.get(flag, []) else name
         default = "" if f.default is None or f.default is False else f" [{f.default}]"
-        lines.append(f"  --{flag:24s} {f.metadata['help']}{default}")
+        choices = f": {' | '.join(typing.get_args(kind))}" if typing.get_origin(kind) is Literal else ""
+        lines.append(f"  --{flag:24s} {f.metadata['help']}{choices}{default}")
     return "\n".join(lines)

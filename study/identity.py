@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from study.config import to_dict
+from study.config import Config, to_dict
 from study.flags import leaves
 
 # Leaves that choose within a study, or change how it runs but not what comes out: never part of the identity.
@@ -34,8 +34,16 @@ NOT_IDENTITY = {
     "evaluation.batch_size",
     "evaluation.tasks",
     "evaluation.eval_items",
+    "keep",
+    "max_memory",
+    "compare_optimizers",
+    "comparison",
+    "resume_stage1",
+    "resume_stage2",
+    "skip_training",
+    "shard",
 }
-NOT_IDENTITY_STAGE = {"log_steps", "eval_steps", "gradient_checkpointing"}
+NOT_IDENTITY_STAGE = {"log_steps", "eval_steps", "save_steps", "gradient_checkpointing"}
 
 
 def identity_of(config: Any, model: str, data: dict[str, str], seed: int | None = None) -> dict:
@@ -54,13 +62,21 @@ def identity_of(config: Any, model: str, data: dict[str, str], seed: int | None 
     for stage in (name.removesuffix(".batch_size") for name in [*found] if name.startswith("training.") and name.endswith(".batch_size")):
         # How a step is split into micro-batches changes its memory, not its result.
         found[f"{stage}.examples_per_step"] = found.pop(f"{stage}.batch_size") * found.pop(f"{stage}.gradient_accumulation")
+    if found.get("study") == "optimizers":
+        # Optimizer and learning rate name the runs' folders; what all runs share is how the rates of the stages relate.
+        del found["optimizer.name"]
+        first, second = (found.pop(f"training.stage{n}.learning_rate") for n in (1, 2))
+        found["training.stage2.rate_to_stage1"] = second / first
     if seed is not None:
         found["seed"] = seed
     return {"model": model, "data": dict(data), "settings": found}
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Lines "learning_rate: 0.001 in the folder, 0.003 asked"; tasks that only one side knows do not differ."""
+    """Lines "learning_rate: 0.001 in the folder, 0.003 asked".
+
+    Tasks that only one side knows do not differ, nor does a leaf that the old record lacks and that has its default.
+    """
     lines = []
     if old.get("model") != new.get("model"):
         lines.append(f"model fingerprint: {_short(old.get('model'))} in the folder, {_short(new.get('model'))} asked")
@@ -68,7 +84,12 @@ def differences(old: dict, new: dict) -> list[str]:
         before = old.get("data", {}).get(task, fingerprint)
         if before != fingerprint:
             lines.append(f"data of {task}: {_short(before)} in the folder, {_short(fingerprint)} asked")
-    before, after = old.get("settings", {}), new.get("settings", {})
+    after = new.get("settings", {})
+    # What an older record does not know was not there to be set: it had today's default.
+    known = {name: f.default for name, (_, f) in leaves(Config).items() if name in after}
+    before = {**known, **old.get("settings", {})}
+    if before.get("study") != after.get("study"):  # its other settings cannot be compared
+        return [*lines, f"study: {before.get('study')} in the folder, {after.get('study')} asked"]
     both = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     for name in [*after, *(n for n in before if n not in after)]:
         if name not in both:
@@ -113,9 +134,7 @@ def commit() -> dict | None:
 
     def git(*words: str) -> str:
         root = Path(__file__).resolve().parent.parent
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20).stdout
 
     try:
         return {

@@ -80,6 +80,11 @@ class RunLog:
 
             self.writer.add_image(tag, imread(path)[..., :3], step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """What was logged reaches the disk, so that a later kill cannot take it."""
+        if self.writer is not None:
+            self.writer.flush()
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()

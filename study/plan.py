@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from study.errors import LetheError
 
@@ -20,6 +20,12 @@ class Run:
     second: str | None
     folder: str
     parent: str | None
+    changes: dict = field(default_factory=dict, hash=False)  # leaves of the configuration that are this run's own
+
+    @property
+    def mask(self) -> str:
+        """The token mask of this run: its arm, unless the arms of the study are other than masks."""
+        return "none" if self.changes else self.arm
 
     @property
     def task(self) -> str:

@@ -1,12 +1,16 @@
 """study/config.py: flags, YAML, order of precedence, and errors that fit in one line."""
 
 import dataclasses
+import json
+from typing import get_args
 
 import pytest
 
-from study.config import Config, config_text, parse, parse_eval, parse_seeds, stage_config
+from study.config import Config, changed, config_text, optimizer_arms, parse, parse_eval, parse_seeds, stage_config
 from study.errors import LetheError
 from study.flags import CONFIGS, leaves
+from study.folder import open_study
+from study.identity import differences, identity_of
 
 
 def write(tmp_path, text):
@@ -70,14 +74,18 @@ def test_flag_spellings():
 
 def test_every_leaf_has_a_flag_that_reaches_it(tmp_path):
     sample = {int: "1", float: "0.5", bool: "true", str: "cpu", int | None: "1", str | None: "a:b"}
+    named = {"seeds": "0,1", "max_memory": "6GiB", "comparison": "{'adamw': [0.5]}", "lora.targets": "q_proj"}
     for name, (kind, field) in leaves(Config).items():
-        if name in ("arms", "seeds"):
+        if name == "arms":
             continue
-        text = sample.get(kind, field.default)
+        text = named.get(name, sample.get(kind, field.default))
+        if kind not in sample and field.default in get_args(kind):  # another choice than the default one
+            text = next(choice for choice in get_args(kind) if choice not in (field.default, "model"))
         value = parse(["--config", write(tmp_path, config_text(parse([f"--{name}", str(text)])))])
         for part in name.split("."):
             value = getattr(value, part)
-        assert value == field.default or str(value).lower() in (text, f"{text}.0"), name
+        assert str(value).lower() in (str(text).lower(), f"{text}.0", f"['{text}']"), name
+        assert value != field.default or kind is bool, name
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,29 @@ def test_every_leaf_has_a_flag_that_reaches_it(tmp_path):
         (["--lr", "nan"], "must be"),
         (["--epochs", ".inf"], "above 0"),
         (["--scheduler", "cosin"], "did you mean 'cosine'?"),
-        (["--optimizer", "muonn"], "one of adamw"),
+        (["--optimizer", "muonn"], "did you mean 'muon'?"),
+        (["--warmup_steps", "-1"], "0 or more"),
+        (["--save_steps", "0"], "above 0"),
+        (["--quantize", "nf3"], "did you mean 'nf4'?"),
+        (["--max_memory", "much"], "such as 6GiB"),
+        (["--max_memory", "0GiB"], "such as 6GiB"),
+        (["--comparison", "{sgd: [1]}"], "adamw or muon"),
+        (["--comparison", "{muon: [0]}"], "above 0"),
+        (["--comparison", "{muon: []}"], "learning rates"),
+        (["--comparison", "{}"], "learning rates"),
+        (["--comparison", "muon"], "a mapping of optimizers to learning rates"),
+        (["--full", "--quantize", "nf4"], "--quantize nf4 freezes"),
+        (["--full", "--max_memory", "6GiB"], "--max_memory keeps away"),
+        (["--shard", "model"], "--full"),
+        (["--compare_optimizers", "--stage", "1"], "leave out --stage 1"),
+        (["--compare_optimizers", "--mask", "highest"], "--mask highest"),
+        (["--compare_optimizers", "--optimizer", "muon"], "give one of them"),
+        (["--compare_optimizers", "--inspect", "2"], "masks nothing"),
+        (["--compare_optimizers", "--resume_stage1", "x"], "there are 6 optimizers and rates"),
+        (["--resume_stage2", "x", "--seeds", "0,1"], "several seeds"),
+        (["--resume_stage1", "x", "--skip_training"], "--resume_stage1 trains"),
+        (["--resume_stage2", "x", "--stage", "1"], "--stage 1 ends before it"),
+        (["--inspect", "1", "--skip_training"], "one of them"),
         (["--stage", "3"], "1 or 2"),
         (["--name", "x"], "model.name or optimizer.name"),
         (["gsm8k"], "not a flag"),
@@ -127,6 +157,9 @@ def test_bad_flags_are_one_line(argv, words):
         ("lora: {rank: {a: 1}}", "unknown key 'lora.rank.a'"),
         ("seed: true", "whole number"),
         ("epochs: null", "must be a number, not None"),
+        ("training: {stage3: {}}", "unknown key 'training.stage3'"),
+        ("comparison: 3", "a mapping of optimizers"),
+        ("comparison: {muon: [fast]}", "a mapping of optimizers"),
     ],
 )
 def test_bad_files_name_the_file(tmp_path, text, words):
@@ -140,11 +173,12 @@ def test_yaml_niceties(tmp_path):
     path = write(
         tmp_path,
         "model: {name: m}\ndatasets: [a, b]\nseeds: 3\nout: 2026\nlora:\nmax-length: 64\noptimizer: adamw\n"
-        "stage1: {epochs: 9}\nmasking: {threshold: .inf}\n",
+        "stage1: {epochs: 9}\nstage2: {}\nmasking: {threshold: .inf}\ncomparison: {muon: 1e-3}\n",
     )
     config = parse(["--config", path])
     assert config.datasets == "a,b" and parse_seeds(config) == [3] and config.out == "2026" and config.max_length == 64
     assert config.training.stage1.epochs == 9 and config.training.stage2.epochs == 3 and config.masking.threshold == float("inf")
+    assert config.comparison == {"muon": [1e-3]} and config.study == "masks" and optimizer_arms(config) is None
     assert parse_seeds(parse(["--seeds", "2, 0,2"])) == [2, 0] and parse_seeds(parse(["--seed", "5"])) == [5]
 
 
@@ -177,8 +211,9 @@ def test_eval_flags_and_help(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--seed", "1", "-h"])
     page = capsys.readouterr().out
-    assert stop.value.code == 0 and "--learning_rate" in page and len(page.splitlines()) < 100
+    assert stop.value.code == 0 and "--learning_rate" in page and len(page.splitlines()) < 115
     assert max(len(line) for line in page.splitlines()) <= 130
+    assert "Newton-Schulz" in page and ": none | nf4 | int8 [none]" in page
     with pytest.raises(SystemExit):
         parse_eval(["--help"])
     assert "--replot" in capsys.readouterr().out
@@ -190,3 +225,89 @@ def test_eval_takes_out_as_the_study_unless_a_model_is_scored():
     assert (scored.root, scored.out) == (None, "scores")
     with pytest.raises(LetheError, match="both name a study"):
         parse_eval(["--out", "out/x", "--root", "out/y"])
+
+
+OPTIMIZERS = ["--config", str(CONFIGS / "optimizers.yaml")]
+
+
+def test_the_shipped_comparison_is_the_default_one_and_its_tasks_can_be_others():
+    config = parse([*OPTIMIZERS, "--compare_optimizers"])
+    names, rates = [name for name, _ in optimizer_arms(config)], [rate for _, rate in optimizer_arms(config)]
+    assert set(names) == {"adamw", "muon"} and len(set(zip(names, rates, strict=True))) == 6
+    assert (config.study, config.mask, config.pairs, config.out) == ("optimizers", "none", None, "out/{model}_optimizers")
+    assert parse(["--compare_optimizers"]) == config and parse(["--study", "optimizers"]) == parse(OPTIMIZERS)
+    other = parse([*OPTIMIZERS, "--compare_optimizers", "--datasets", "gsm8k,aqua_cot"])
+    assert dataclasses.replace(other, datasets=config.datasets) == config and other.pairs is None
+    # plain AdamW at the file's own rate is the built-in study's arm
+    assert parse(OPTIMIZERS).training == parse([]).training and parse(OPTIMIZERS).lora == parse([]).lora
+
+
+def test_arms_of_an_optimizer_study(tmp_path):
+    path = write(tmp_path, "study: optimizers\nmodel: m\nlr: 2e-4\ncomparison: {muon: [1e-3, 1e-3, 3e-3], adamw: 1e-4}\n")
+    assert optimizer_arms(parse([])) is None and optimizer_arms(parse(["--optimizer", "muon"])) is None
+    assert optimizer_arms(parse(["--config", path])) == [("adamw", 2e-4)]
+    assert optimizer_arms(parse(["--config", path, "--optimizer", "muon", "--lr", "5"])) == [("muon", 5)]
+    compared = parse(["--config", path, "--compare_optimizers"])
+    assert optimizer_arms(compared) == [("muon", 1e-3), ("muon", 3e-3), ("adamw", 1e-4)]
+    # flags win over the file: one rate, or another comparison
+    assert optimizer_arms(parse(["--config", path, "--compare-optimizers", "--lr", "5e-4"])) == [("muon", 5e-4), ("adamw", 5e-4)]
+    assert optimizer_arms(parse(["--config", path, "--comparison", "{adamw: [7e-4]}"])) == [("adamw", 7e-4)]
+    plain = parse(["--model", "m", "--compare_optimizers", "--lr", "2e-3"])  # no comparison anywhere
+    assert optimizer_arms(plain) == [("adamw", 2e-3), ("muon", 2e-3)] and plain.out == "out/{model}_optimizers"
+    assert parse(["--model", "m", "--compare_optimizers", "--out", "o"]).out == "o"
+    for config in (compared, plain, parse(["--config", path])):
+        assert parse(["--config", write(tmp_path, config_text(config))]) == config
+
+
+def test_settings_of_one_run():
+    config = parse(["--learning_rate", "4e-3", "--stage2.learning_rate", "1e-3"])
+    one = changed(config, {"optimizer.name": "muon", "learning_rate": 8e-3})
+    assert one.optimizer.name == "muon" and one.training.stage1.learning_rate == 8e-3
+    assert one.training.stage2.learning_rate == pytest.approx(2e-3)  # a quarter, as in the configuration
+    assert changed(config, {"learning_rate": 4e-3, "optimizer.name": "adamw"}) == config == changed(config, {})
+    assert changed(one, {"training.stage2.max_steps": 3}).training.stage2.max_steps == 3 and one.training.stage2.max_steps is None
+
+
+def settings(*argv):
+    return identity_of(parse(list(argv)), "model", {"a": "1"})
+
+
+def test_what_belongs_to_a_study():
+    for words in (["--keep", "5"], ["--save_steps", "7"], ["--max_memory", "6GiB"], ["--skip_training"], ["--resume_stage1", "x"],
+                  ["--shard", "runs"]):  # fmt: skip
+        assert settings(*words) == settings(), words
+    for words in (["--full"], ["--quantize", "nf4"], ["--warmup_steps", "3"], ["--optimizer", "muon"], ["--momentum", "0.9"]):
+        assert len(differences(settings(), settings(*words))) == 1, words
+    assert differences(settings(), settings("--warmup_steps", "3")) == ["warmup_steps: null in the folder, 3 asked"]
+
+
+def test_an_optimizer_study_holds_every_optimizer_and_rate():
+    study = settings(*OPTIMIZERS)
+    for words in (["--optimizer", "muon"], ["--compare_optimizers"], ["--comparison", "{muon: [1]}"], ["--lr", "1"]):
+        assert settings(*OPTIMIZERS, *words) == study, words
+    assert differences(study, settings(*OPTIMIZERS, "--ns_steps", "6")) == ["optimizer.ns_steps: 5 in the folder, 6 asked"]
+    assert len(differences(study, settings(*OPTIMIZERS, "--stage2.learning_rate", "1"))) == 1
+    assert differences(settings(), study) == ["study: masks in the folder, optimizers asked"]
+
+
+def test_a_study_of_an_older_version_goes_on(tmp_path):
+    """Its study.json and config.yaml know nothing of the leaves that came later."""
+    new = ["study", "full", "quantize", "training.stage1.warmup_steps", "training.stage2.warmup_steps", "optimizer.momentum",
+           "optimizer.nesterov", "optimizer.ns_steps", "optimizer.muon_scale", "optimizer.muon_factors"]  # fmt: skip
+    old = settings()
+    for name in new:
+        del old["settings"][name]
+    open_study(tmp_path / "s", parse([]), json.loads(json.dumps(old)))
+    assert open_study(tmp_path / "s", parse([]), settings()).record["identity"]["settings"] == old["settings"]
+    for words, line in (
+        (["--full"], "full: false in the folder, true asked"),
+        (["--quantize", "int8"], "quantize: none in the folder, int8 asked"),
+        (["--learning_rate", "1"], "learning_rate: 0.003 in the folder, 1.0 asked"),
+    ):
+        with pytest.raises(LetheError, match=line):
+            open_study(tmp_path / "s", parse([]), settings(*words))
+    lines = config_text(parse([])).splitlines()
+    dropped = {name.split(".")[-1] for name in new} | {"keep", "save_steps", "comparison", "shard", "max_memory"}
+    text = "\n".join(line for line in lines if line.split(":")[0].strip() not in dropped)
+    assert len(lines) - len(text.splitlines()) == len(dropped) + 2  # two of them are there for each stage
+    assert parse(["--config", write(tmp_path, text)]) == parse([])

@@ -11,6 +11,7 @@ from kernels.decode_attention import decode_attention
 from kernels.dropout import Span
 from lora import add_lora
 from lora.layers import lora_parameters
+from lora.resume import Learner
 from model.attention import Pack, attention_kind
 from model.generate import generate, generate_and_score
 from train import fit
@@ -114,7 +115,8 @@ def steps_of(model, micro_tokens=200):
     weights = np.random.default_rng(0).choice([0.0, 1.0], int(examples.completion_offsets[-1])).astype(np.float32)
     settings = {"micro_tokens": micro_tokens, "schedule": "constant", "seed": 5}
     optimizers = lambda p: [torch.optim.AdamW(p, lr=1e-2)]  # noqa: E731
-    return fit(model, lora_parameters(model), optimizers, lambda _, t: collate(examples, list(range(24)), t, weights), 8, **settings)
+    learner = Learner(model, lora_parameters(model), optimizers)
+    return fit(model, learner, lambda _, t: collate(examples, list(range(24)), t, weights), 8, **settings)
 
 
 def subject(folder, dtype, device):

@@ -12,6 +12,7 @@ import train
 from data.batching import collate
 from lora import add_lora
 from lora.layers import lora_parameters
+from lora.resume import Learner
 from optim.masters import collect_gradients, make_masters, write_back
 from optim.schedule import lr_factor
 from study.errors import LetheError
@@ -36,9 +37,9 @@ def batches(weights=WEIGHTS, indices=range(12)):
     return lambda step, micro_tokens: collate(EXAMPLES, list(indices), micro_tokens, weights)
 
 
-def fit(*arguments, micro_tokens=100, **settings):
+def fit(model, parameters, optimizers, *arguments, micro_tokens=100, **settings):
     """In passes of at most 100 tokens: three of them a step."""
-    return train.fit(*arguments, micro_tokens=micro_tokens, **settings)
+    return train.fit(model, Learner(model, parameters, optimizers), *arguments, micro_tokens=micro_tokens, **settings)
 
 
 def values(model):

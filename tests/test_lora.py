@@ -16,6 +16,7 @@ from lora import add_lora, load_adapter, merge_adapter, save_adapter
 from lora.layers import dropout_keys, lora_layers, lora_parameters, merged, remove_lora, target_names
 from lora.merge import main as merge_main
 from lora.merge import merge
+from lora.resume import Learner
 from model import load_model
 from study.errors import LetheError
 from train import fit
@@ -421,7 +422,7 @@ def gradients(model, micros, seed=0):
             found.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
 
     settings = {"micro_tokens": 1, "max_grad_norm": 0, "seed": seed}
-    (step,) = fit(model, lora_parameters(model), lambda p: [Spy(p, lr=0.1)], lambda *_: micros, 1, **settings)
+    (step,) = fit(model, Learner(model, lora_parameters(model), lambda p: [Spy(p, lr=0.1)]), lambda *_: micros, 1, **settings)
     return step, found
 
 

@@ -10,6 +10,7 @@ from data.batching import Examples, collate
 from kernels.linear import Joined, product, rotate, swiglu_linear
 from lora import add_lora
 from lora.layers import dropout_keys, lora_layers, lora_parameters, merged
+from lora.resume import Learner
 from masking.score import micro_nll
 from model import attention, load_model
 from model.attention import Pack
@@ -198,7 +199,7 @@ def test_out_of_memory_goes_on_in_smaller_passes(tmp_path, monkeypatch, capsys, 
         train_some(model)
         full = Full(model, most, words)
         monkeypatch.setattr(model, "hidden", full)
-        steps = list(fit(model, lora_parameters(model), lambda p: [torch.optim.SGD(p, lr=0.1)],
+        steps = list(fit(model, Learner(model, lora_parameters(model), lambda p: [torch.optim.SGD(p, lr=0.1)]),
                          lambda _, t: collate(examples, list(range(12)), t, weights), 3, micro_tokens=4096))  # noqa: B023  # fmt: skip
         after.append(([p.detach().clone() for p in lora_parameters(model)], [step.loss for step in steps]))
     total = sum(lengths) - 12
@@ -219,7 +220,7 @@ def test_one_example_too_large_is_an_error(tmp_path, monkeypatch):
     weights = np.ones(9, dtype=np.float32)
     micros = lambda _, t: collate(examples, [0, 1, 2], t, weights)  # noqa: E731
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(fit(model, lora_parameters(model), lambda p: [torch.optim.SGD(p)], micros, 1, micro_tokens=100))
+        list(fit(model, Learner(model, lora_parameters(model), lambda p: [torch.optim.SGD(p)]), micros, 1, micro_tokens=100))
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 64, 512, 513])

@@ -11,7 +11,7 @@ import pytest
 from conftest import COMMIT
 
 from data.prepare import main, prepare
-from data.tasks import aqua_cot, gsm8k, openbookqa, simpleQA, svamp
+from data.tasks import aqua_cot, aqua_rat, gsm8k, openbookqa, simpleQA, svamp
 from metrics import extract_answer
 from study.errors import LetheError
 
@@ -97,6 +97,21 @@ def test_aqua_rationale_and_options():
     assert "['A)0', 'B)1'," in aqua_cot.to_alpaca(doubled)["input"]
     listed = "Go through each answer choice: (A) is wrong, so (B) must be true."  # a list, not a statement
     assert extract_answer("letter", aqua_cot.to_alpaca(aqua_row(rationale=listed))["output"]) == "B"
+
+
+def test_aqua_by_the_letter_alone(tmp_path):
+    made = aqua_rat.to_alpaca(aqua_row(options="-1 10 3,000 $4 x)5"))
+    assert made["input"] == "Problem: What is 5 x 2?\nOptions:\nA. -1\nB. 10\nC. 3,000\nD. $4\nE. x)5"
+    assert made["output"] == "B" == extract_answer(aqua_rat.ANSWER_KIND, made["output"]) and "letter alone" in made["instruction"]
+    assert aqua_rat.to_alpaca(aqua_row(key="F")) == aqua_cot.to_alpaca(aqua_row(key="F"))
+    assert aqua_rat.question(made) == f"Problem: {aqua_cot.question(aqua_cot.to_alpaca(aqua_row()))}"
+    lines(tmp_path / "test.json", [aqua_row("Why 'not'?", options="1 2 it's 4 5")])
+    lines(tmp_path / "train.json", [aqua_row(f"{i}?") for i in range(30)] + [aqua_row("why not?", options="6 7 8 9 0")])
+    for task in ("aqua_rat", "aqua_cot"):
+        report = prepare(task, str(tmp_path), str(tmp_path / "out"))
+        assert len(report.contaminated) == 1  # the same question with other options
+    (test,), (other,) = (read(tmp_path / "out", task, "test") for task in ("aqua_rat", "aqua_cot"))
+    assert test["input"].startswith("Problem: Why 'not'?\n") and "\nC. it's\n" in test["input"] and "Why 'not'?" in other["input"]
 
 
 def test_aqua_conflicts_are_dropped():
@@ -275,6 +290,7 @@ REAL = {  # task: (train, test, dropped, contaminated)
     "gsm8k": (7473, 1319, 0, 0),
     "svamp": (700, 299, 1, 0),
     "aqua_cot": (2701, 250, 27, 4),
+    "aqua_rat": (2701, 250, 27, 4),
     "openbookqa": (4936, 500, 1, 15),
     "simpleQA": (3894, 432, 0, 0),
 }

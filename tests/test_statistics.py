@@ -1,12 +1,22 @@
 """metrics/statistics.py and metrics/continual.py against worked examples."""
 
+import itertools
 import math
 
 import numpy
 import pytest
 
-from metrics.continual import chance_centred, continual_metrics, sample_forgetting, stm_metrics
-from metrics.statistics import mcnemar, mean_interval, paired_bootstrap, seed_interval, t_quantile, wilson_interval
+from metrics.continual import chance_centred, continual_metrics, sample_forgetting, stm_metrics, two_stage_metrics
+from metrics.statistics import (
+    compare_items,
+    mcnemar,
+    mean_interval,
+    paired_bootstrap,
+    seed_interval,
+    sign_flip,
+    t_quantile,
+    wilson_interval,
+)
 
 GOLDEN = [[50, 10, 5], [40, 60, 8], [45, 55, 70]]
 
@@ -78,3 +88,41 @@ def test_paired_tests():
     assert found["low"] < 0.5 < found["high"] and found["p"] < 0.01 and paired_bootstrap(a, a)["p"] == 1
     with pytest.raises(ValueError):
         paired_bootstrap([], [])
+
+
+def test_two_stages():
+    found = two_stage_metrics((0.1, 0.8, 0.3), (0.2, 0.25, 0.7))
+    expected = {"F_abs": 0.5, "F_rel": 0.625, "F_base": -0.2, "L_A": 0.7, "L_B": 0.5, "forward_transfer": 0.05,
+                "performance_gap": 0.4, "average_performance": 0.5, "performance_balance": 0.6}  # fmt: skip
+    assert found == pytest.approx(expected)
+    never = two_stage_metrics((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))  # what was never there cannot be lost, and is in balance
+    assert never["F_rel"] is None and never["F_abs"] == 0 and never["performance_balance"] == 1
+    gap = two_stage_metrics((math.nan, 0.8, 0.3), (0.2, math.nan, 0.7))
+    assert gap["F_abs"] == 0.5 and math.isnan(gap["F_base"]) and math.isnan(gap["forward_transfer"])
+    with pytest.raises(ValueError):
+        two_stage_metrics((1, 2), (1, 2, 3))
+
+
+def test_sign_flip_is_mcnemar_for_one_seed_and_exact_for_several():
+    for b, c in ((1, 9), (0, 0), (5, 5), (0, 6), (40, 61)):
+        assert sign_flip([-1] * b + [0] * 7 + [1] * c) == pytest.approx(mcnemar(b, c), rel=1e-12)
+    differences = [2, -1, 0, 1, 3, -2, 1]
+    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in itertools.product((-1, 1), repeat=7)]
+    assert sign_flip(differences) == pytest.approx(sum(total >= 4 for total in sums) / 2**7)
+    assert sign_flip([3] * 5) == sign_flip([1] * 5)  # three seeds that agree on five items are five pieces of evidence
+    with pytest.raises(ValueError):
+        sign_flip([0.5])
+
+
+def test_items_of_several_seeds_are_clusters():
+    a, b = [0, 0, 1, 0] * 20, [1, 1, 1, 0] * 20
+    one, three = compare_items(a, b), compare_items([a] * 3, [b] * 3)
+    assert (one["low"], one["high"], one["p"]) == (three["low"], three["high"], three["p"])  # the same items again tell nothing new
+    assert (one["only_a"], one["only_b"], three["only_b"]) == (0, 40, 120) and one["p"] == pytest.approx(mcnemar(0, 40))
+    assert math.isnan(one["seed_low"]) and (three["seed_low"], three["seed_high"]) == (0.5, 0.5)
+    apart = compare_items([a, a], [b, a])
+    assert apart["difference"] == 0.25 and apart["by_seed"] == [0.5, 0.0] and apart["seed_low"] < 0 < apart["seed_high"]
+    losses = compare_items([0.5, 1.0, 2.0], [0.25, 0.5, 1.75])
+    assert math.isnan(losses["p"]) and losses["difference"] == pytest.approx(-1 / 3) and losses["p_bootstrap"] < 0.01
+    with pytest.raises(ValueError, match="same seeds and items"):
+        compare_items([a], [b, b])

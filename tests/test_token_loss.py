@@ -13,6 +13,7 @@ from tiny import random_examples, tiny_model
 from kernels import linear_nll, token_loss, token_loss_triton, token_stats
 from lora import add_lora
 from lora.layers import lora_parameters
+from lora.resume import Learner
 
 REPO = Path(__file__).parent.parent
 
@@ -277,7 +278,7 @@ def test_a_training_step_with_triton_equals_the_twins(tmp_path, monkeypatch):
 
         weights = torch.arange(int(examples.completion_offsets[-1])).remainder(3).float().numpy()
         micros = collate(examples, [0, 1, 2, 3, 4, 5], 60, weights)
-        steps = list(fit(model, lora_parameters(model), adamw, lambda *_: micros, 2, micro_tokens=60))  # noqa: B023
+        steps = list(fit(model, Learner(model, lora_parameters(model), adamw), lambda *_: micros, 2, micro_tokens=60))  # noqa: B023
         after.append(([step.loss for step in steps], [p.detach().clone() for p in lora_parameters(model)]))
     assert after[0][0] == pytest.approx(after[1][0], rel=1e-6) and after[0][0][1] < after[0][0][0]
     for one, other in zip(after[0][1], after[1][1], strict=True):

@@ -23,6 +23,7 @@ from tokenizers.trainers import BpeTrainer
 
 from data.batching import Micro
 from data.builtin_corpus import documents
+from lora.resume import Learner
 from model.checkpoint import save_weights
 from model.llama import Llama, LlamaConfig
 from train import fit
@@ -105,7 +106,8 @@ def pretrain(model: Llama, rows: np.ndarray) -> float:
 
     losses, start = [], time.time()
     schedule = {"floor": 0.05, "warmup": min(50, max(1, steps // 10))}
-    for step in fit(model, list(model.parameters()), optimizers, batches, steps, micro_tokens=ROW * ROWS_PER_STEP, **schedule):
+    learner = Learner(model, list(model.parameters()), optimizers)
+    for step in fit(model, learner, batches, steps, micro_tokens=ROW * ROWS_PER_STEP, **schedule):
         losses.append(step.loss)
         number = step.number + 1
         if number % 20 == 0 or number == steps:

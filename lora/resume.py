@@ -1,0 +1,100 @@
+"""What a run learns with, and its checkpoints: a run that was cut goes on from the newest one, with the same bits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora.states import save_state
+from model.llama import Llama
+from model.snapshot import (
+    MANIFEST,
+    checkpoint_name,
+    newest_checkpoint,
+    pack,
+    prune,
+    read_checkpoint,
+    restore_rng,
+    rng_state,
+    unpack,
+    write_checkpoint,
+)
+from optim.masters import make_masters, write_back
+from study.config import Config
+from study.errors import LetheError
+from study.plan import Run
+
+
+class Learner:
+    """What a run learns with: float32 masters, the optimizers that step on them, the loss scale. Resuming needs no more."""
+
+    def __init__(self, model: Llama, parameters: list[nn.Parameter], make_optimizers: Callable[[list[nn.Parameter]], list]):
+        self.model, self.parameters, self.masters = model, parameters, make_masters(parameters)
+        self.optimizers: list[torch.optim.Optimizer] = make_optimizers(self.masters)
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        # float16 gradients underflow without a loss scale; bfloat16 and float32 need none.
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        tensors, state = pack(self.optimizers, self.scaler)
+        return tensors | {f"master.{i}": master.detach() for i, master in enumerate(self.masters)}, state
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
+        for i, master in enumerate(self.masters):
+            master.copy_(tensors.pop(f"master.{i}"))
+        unpack(self.optimizers, tensors, state, self.scaler)
+        write_back(self.parameters, self.masters)
+
+
+def save_checkpoint(folder: Path, stage: int, epoch: float, step: int, learner: Learner, state: dict, keep: int, name: str) -> None:
+    """{folder}/checkpoints/stage1_checkpoint_epoch_0_step_120: the adapter for whoever wants it, and all that resuming needs.
+
+    state: plain JSON, given back by resume. At most `keep` checkpoints stay. name: of the base, for the adapter's config.
+    """
+    target = folder / "checkpoints" / checkpoint_name(stage, int(epoch), step)
+    if target.exists():  # what a kill left of it
+        shutil.rmtree(target)
+    tensors, optimizer_state = learner.state()
+    rng_tensors, rng = rng_state()
+    if learner.model.adapter is not None:  # full weights are rounded masters
+        save_state(learner.model, target, name)
+    write_checkpoint(target, tensors | rng_tensors, {"step": step, "learner": optimizer_state, "rng": rng, **state})
+    prune(target.parent, keep)
+
+
+def resume(folder: Path, learner: Learner, same: dict, asked: Path | None) -> dict | None:
+    """Takes up the newest checkpoint of a run folder, else the one `asked` for; returns its state, None where there is none.
+
+    same: what must be as it was (plain JSON). Without a checkpoint the folder is cleared: the run begins anew, with the same
+    bits. Raises LetheError for a checkpoint of another training, with the differences.
+    """
+    found = newest_checkpoint(folder / "checkpoints") or asked
+    if found is None:
+        if folder.exists():
+            shutil.rmtree(folder)
+        return None
+    tensors, state = read_checkpoint(found)
+    before = state["same"]
+    lines = [f"{key}: {before.get(key)} there, {value} asked" for key, value in same.items() if before.get(key) != value]
+    if lines:
+        raise LetheError("\n  ".join([f"{found} is a checkpoint of another training; ask for the same settings, or move it away:", *lines]))
+    restore_rng({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, state["rng"])
+    learner.restore(tensors, state["learner"])
+    return state
+
+
+def asked_checkpoint(config: Config, run: Run) -> Path | None:
+    """The checkpoint that --resume_stage1 or --resume_stage2 names, a checkpoint's or a run's folder, where it is this run's."""
+    asked = config.resume_stage1 if run.stage == 1 else config.resume_stage2
+    if asked is None:
+        return None
+    folder = Path(asked)
+    if not (folder / MANIFEST).is_file():
+        folder = newest_checkpoint(folder / "checkpoints") or folder
+    who = read_checkpoint(folder)[1]["same"]["run"]
+    return folder if all(who[key] == run.__dict__[key] for key in ("stage", "first", "second", "arm")) else None

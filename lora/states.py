@@ -1,0 +1,86 @@
+"""What a run leaves of a model, an adapter or (full fine-tuning) all weights: written to its folder, put on the base again."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from lora.adapter import adapter_fingerprint, load_adapter, save_adapter
+from lora.layers import remove_lora
+from model.checkpoint import open_safetensors, read_json, save_weights, weight_files
+from model.llama import Llama
+from study.errors import LetheError
+from study.folder import write_json
+
+# What a model folder holds beside its weights and config.json.
+COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+
+
+def save_state(model: Llama, folder: Path, name: str) -> None:
+    """Writes the adapter in PEFT's format; for a model without one, all its weights as a Hugging Face folder. name: the base's."""
+    if model.adapter is not None:
+        save_adapter(model, folder, name)
+    else:
+        save_model(model, model.source, folder, model.dtype)
+
+
+def save_model(model: Llama, source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """A Hugging Face folder of these weights in `dtype`, with the tokenizer, settings and licences of the folder `source`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in [*COPIED, *(p.name for p in source.glob("LICENSE*")), *(p.name for p in source.glob("USE_POLICY*"))]:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    written = read_json(source / "config.json")
+    for key in {"torch_dtype", "dtype"} & set(written):
+        written[key] = str(dtype).removeprefix("torch.")
+    save_weights(model, folder / "model.safetensors", dtype, {"base_fingerprint": model.fingerprint})
+    write_json(folder / "config.json", written)  # last
+
+
+def put_on(model: Llama, folder: Path | None, dropout: float | None = None) -> None:
+    """Makes the model what a run folder says: the base with its adapter, or its weights. None: the base alone.
+
+    dropout: of the adapter, other than the file's, for training on. Raises LetheError for what does not fit this base.
+    """
+    weights = folder is not None and (folder / "model.safetensors").is_file()
+    if weights:
+        remove_lora(model)
+        read_weights(model, folder)
+        return
+    if model.altered:
+        read_weights(model, model.source)
+    if folder is None:
+        remove_lora(model)
+    else:
+        load_adapter(model, folder, dropout)
+
+
+@torch.no_grad()
+def read_weights(model: Llama, folder: Path) -> None:
+    """Copies the weights of a folder over the model's own, in place: addresses that others know stay valid."""
+    own, left = dict(model.named_parameters()), {name for name, _ in model.named_parameters() if not name.startswith("adapter.")}
+    for file in weight_files(folder):
+        with open_safetensors(file) as tensors:
+            made_for = (tensors.metadata() or {}).get("base_fingerprint", "")
+            if made_for and made_for != model.fingerprint and folder != model.source:
+                raise LetheError(f"{file} was trained on another base (fingerprint {made_for}; this model's is {model.fingerprint})")
+            for name in left & set(tensors.keys()):
+                tensor = tensors.get_tensor(name)
+                if tensor.shape != own[name].shape:
+                    raise LetheError(f"{file}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+                own[name].copy_(tensor)
+                left.remove(name)
+    if left:
+        raise LetheError(f"{folder} misses tensors: {', '.join(sorted(left)[:3])}")
+    model.altered = folder != model.source
+
+
+def state_fingerprint(folder: Path) -> str:
+    """A hash of what a run folder puts on its base."""
+    if (folder / "adapter_model.safetensors").is_file():
+        return adapter_fingerprint(folder)
+    with open(folder / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,118 @@
+"""What the runs of a study share: tokens, scores under reference models, and the weights that masks make of them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.batching import Examples, tokenize
+from data.folder import Task
+from data.records import Report
+from lora.states import put_on, state_fingerprint
+from masking.inspect import as_page, in_terminal, masked_example
+from masking.score import dataset_weights, score_examples
+from masking.weights import policies
+from model.subject import Subject
+from study.config import Config, stage_config
+from study.errors import LetheError
+from study.folder import StudyFolder, is_done, write_text
+from study.logging import progress
+from study.plan import Run, arm_label, nearest, parse_arms
+
+
+@dataclass
+class Bench:
+    """What all runs of a study share: the base stays loaded, tokens and scores are made once."""
+
+    config: Config
+    subject: Subject
+    tasks: dict[str, Task]
+    study: StudyFolder
+    seed: int
+    told: list = field(default_factory=list)  # what is printed once for all runs
+
+    def examples(self, task: str, max_train: int | None) -> Examples:
+        """The task's training examples, tokenised once and mapped from the study folder."""
+        found, bad_rows = self.tasks[task], Report()
+        records = found.train(report=bad_rows)
+        cache, length = self.study.path / "tokens", self.config.max_length
+        return tokenize(records, self.subject.tokenizer, length, found.fingerprint, cache, max_train, bad_rows)
+
+    def scores(self, run: str | None, examples: Examples) -> np.ndarray:
+        """nll of all completion tokens under what a run left (its folder; None: the base), cached."""
+        folder = None if run is None else self.study.dir(run)
+        put_on(self.subject.model, folder)
+        reference = "base" if folder is None else state_fingerprint(folder)
+        with progress(len(examples), "perplexity", "examples") as bar:
+            return score_examples(self.subject.model, examples, reference, self.study.path / "perplexity", progress=bar.update)
+
+    def mask_settings(self) -> dict:
+        m = self.config.masking
+        return {"threshold": m.threshold, "group_size": m.group_size, "overlap_ratio": m.overlap_ratio, "ratio": m.ratio,
+                "direction": m.direction, "match": m.match, "tau": m.tau}  # fmt: skip
+
+
+def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarray | None, dict, np.ndarray | None]:
+    """(weights, statistics, nll) of a run's completions. Weights are None for --reference online: the loop decides them."""
+    masking = bench.config.masking
+    if run.mask == "none":
+        return *dataset_weights(examples, "none", {}, None), None
+    if masking.reference == "online":
+        return None, {"completion_tokens": int(examples.completion_offsets[-1])}, None
+    nll = bench.scores(run.parent if masking.reference == "start" else None, examples)
+    # The difference filters ask whether a model trained plainly on this very task finds the token harder.
+    other = bench.scores(f"lora_base/{run.second}", examples) if "adapter_nll" in policies()[run.arm] else None
+    weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, masking.mask_end, bench.seed)
+    return weights, stats, nll
+
+
+def refuse_masks(config: Config, arms: list[str]) -> None:
+    """Settings under which an arm could not run, told before anything is trained."""
+    masking, known = config.masking, policies()
+    matchable = [name for name in known if "count" not in known[name] and "adapter_nll" not in known[name]]
+    if masking.match not in matchable:
+        raise LetheError(f"--match {masking.match}: no such policy to match{nearest(masking.match, matchable)}")
+    for arm in config.arms or {}:
+        parse_arms(arm, known)
+    for arm in arms:
+        asked = masking.match if "count" in known[arm] else arm
+        if masking.threshold == 0 and asked in ("highest", "stm_dpf"):
+            raise LetheError(f"--mask {arm} drops what lies above --threshold, a perplexity: give one above 0 (dpf alone takes 0)")
+        if masking.reference == "online" and "adapter_nll" in known[arm]:
+            raise LetheError(f"--mask {arm} compares two stored models; give --reference start or base")
+
+
+def show_masks(bench: Bench, runs: list[Run]) -> None:
+    """--inspect N: kept and dropped tokens of the first N examples of each pair and arm, here and as an HTML page."""
+    config = bench.config
+    shown_runs = [run for run in runs if run.stage == 2 and run.mask != "none"]
+    if not shown_runs:
+        raise LetheError("--inspect shows what a mask drops in stage 2; name one with --mask bottom10, and leave out --stage 1")
+    for run in shown_runs:
+        if config.masking.reference == "start" and not is_done(bench.study.dir(run.parent)):
+            # Nothing is trained here, so without the stage-1 adapter the base stands in, and the page says so.
+            print(f"{run.parent} is not trained yet: the base's perplexities are shown instead of the start model's")
+            bench_reference = None
+        else:
+            bench_reference = run.parent if config.masking.reference == "start" else None
+        examples = bench.examples(run.second, stage_config(config, 2, run.arm)[1])
+        nll = bench.scores(bench_reference, examples)
+        other = None
+        if "adapter_nll" in policies()[run.arm]:
+            if not is_done(bench.study.dir(f"lora_base/{run.second}")):
+                raise LetheError(f"--mask {run.arm} needs lora_base/{run.second}, which is not trained yet; run --stage 1 first")
+            other = bench.scores(f"lora_base/{run.second}", examples)
+        weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, config.masking.mask_end, bench.seed)
+        shown = [masked_example(examples, i, nll, weights, bench.subject.tokenizer) for i in range(min(config.inspect, len(examples)))]
+        title = f"{arm_label(run.arm)}: {run.first} > {run.second}"
+        subtitle = (f"perplexity under {bench_reference or 'the base'}; "
+                    f"{stats['dropped_share']:.1%} of {stats['completion_tokens']} completion tokens dropped, "
+                    f"{stats['emptied_examples']} examples left with their end token alone")  # fmt: skip
+        print(f"\n{title}\n{subtitle}")
+        for prompt, tokens in shown:
+            print("\n" + in_terminal(prompt, tokens, sys.stdout.isatty()))
+        page = bench.study.path / "inspect" / f"{arm_label(run.arm)}_{run.first}_to_{run.second}.html"
+        write_text(page, as_page(title, subtitle, shown))
+        print(f"\npage       {page}")

@@ -1,0 +1,48 @@
+"""A model with its tokenizer, loaded as the settings say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model.attention import kernels_in_use
+from model.checkpoint import load_model
+from model.llama import Llama
+from model.tokenizer import Tokenizer, load_tokenizer
+from study.errors import LetheError
+
+
+@dataclass
+class Subject:
+    """A base model with its tokenizer: what a study is about."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    about: str  # two lines: shape, device and dtype; which kernels run
+
+
+def load_subject(name: str, device: str = "auto", dtype: str = "auto", template: str = "auto") -> Subject:
+    """Loads model and tokenizer. auto: CUDA where there is one; bfloat16 there (float16 on older ones), float32 on CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise LetheError(f"--device {device}: this machine has no CUDA device that torch can use; give --device cpu")
+    why = "as asked"
+    if dtype == "auto":
+        if device == "cpu":
+            dtype, why = "float32", "CPU"
+        elif torch.cuda.is_bf16_supported():
+            dtype, why = "bfloat16", torch.cuda.get_device_name()
+        else:
+            dtype, why = "float16", f"{torch.cuda.get_device_name()} has no bfloat16"
+    tokenizer = load_tokenizer(name, template)
+    model = load_model(name, getattr(torch, dtype), device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"its tokenizer has {tokenizer.vocab_size} tokens, its model only {model.config.vocab_size}"
+        raise LetheError(f"{name}: {sizes}; they do not belong together")
+    size = sum(p.numel() for p in model.parameters())
+    about = f"{name}: {size / 1e6:.2f} M parameters, {device}, {dtype} ({why}), template {tokenizer.template}"
+    about += f"\nkernels    {kernels_in_use(model)}"
+    return Subject(name, model, tokenizer, about)

@@ -1,0 +1,157 @@
+"""The leaves of the configuration: what can be set, with its type, its default, its line in --help and its limits."""
+
+import re
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal, get_args
+
+from study.flags import FRACTION, FROM_ZERO, POSITIVE, SOME_TEXT, opt
+
+OPTIMIZERS = Literal["adamw", "muon"]
+RATES = (
+    lambda v: v and all(k in get_args(OPTIMIZERS) and rates and all(0 < rate < inf for rate in rates) for k, rates in v.items()),
+    "adamw or muon or both, each with learning rates above 0",
+)
+MEMORY = (
+    lambda v: bool(re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*([KMGT]i?B)?", v.strip(), re.I)),
+    "such as 6GiB, 500MB, or a number of GiB",
+)
+OUT = "out/{model}"
+DEVICE = (lambda v: v in ("auto", "cpu", "cuda") or v[:5] == "cuda:" and v[5:].isdecimal(), "auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = opt("nano", "built-in 'nano', a Hugging Face Llama folder, or a hub id", SOME_TEXT)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = opt(16, "rank of the two factors", POSITIVE)
+    alpha: float = opt(16.0, "scale is alpha / rank", POSITIVE)
+    dropout: float = opt(0.05, "dropout on the adapter's input", FRACTION)
+    targets: list[str] | str = opt("all", "'all' linears, or names: q_proj,v_proj")
+    rslora: bool = opt(False, "scale by alpha / sqrt(rank)")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    epochs: float = opt(3.0, "passes over the task", POSITIVE)
+    max_steps: int | None = opt(None, "stop after so many optimizer steps", POSITIVE)
+    learning_rate: float = opt(1e-4, "peak learning rate", POSITIVE)
+    batch_size: int = opt(16, "times gradient_accumulation: examples in a step", POSITIVE)
+    gradient_accumulation: int = opt(4, "times batch_size: examples in a step", POSITIVE)
+    warmup_ratio: float = opt(0.1, "share of the steps spent warming up", (lambda v: 0 <= v <= 1, "from 0 to 1"))
+    warmup_steps: int | None = opt(None, "so many steps of warm-up, whatever warmup_ratio says", FROM_ZERO)
+    scheduler: Literal["cosine", "linear", "constant"] = opt("cosine", "the curve after warm-up")
+    weight_decay: float = opt(0.0, "decoupled weight decay", FROM_ZERO)
+    max_grad_norm: float = opt(1.0, "clip the gradient norm (0: never)", FROM_ZERO)
+    gradient_checkpointing: bool = opt(False, "recompute activations, to save memory")
+    log_steps: int = opt(10, "one logged line per so many steps", POSITIVE)
+    eval_steps: int | None = opt(None, "score a few test items every so many steps", POSITIVE)
+    save_steps: int = opt(100, "a checkpoint every so many steps; the same command goes on from the newest", POSITIVE)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    stage1: StageConfig = field(default_factory=StageConfig)
+    stage2: StageConfig = field(default_factory=StageConfig)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: OPTIMIZERS = opt("adamw", "muon: matrices by Muon, all else by AdamW")
+    beta1: float = opt(0.9, "AdamW: decay of the first moment", FRACTION)
+    beta2: float = opt(0.999, "AdamW: decay of the second moment", FRACTION)
+    eps: float = opt(1e-8, "AdamW: added to the denominator", POSITIVE)
+    momentum: float = opt(0.95, "Muon: decay of its momentum", FRACTION)
+    nesterov: bool = opt(True, "Muon: look ahead (--no_nesterov: do not)")
+    ns_steps: int = opt(5, "Muon: Newton-Schulz iterations", POSITIVE)
+    muon_scale: Literal["match_rms_adamw", "original"] = opt("match_rms_adamw", "how large Muon's steps are")
+    muon_factors: Literal["both", "A", "B"] = opt("both", "which LoRA factors Muon takes; AdamW takes the other")
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    threshold: float = opt(30.0, "highest: drop tokens of a perplexity above this", (lambda v: v >= 0, "0 or more"))
+    group_size: int = opt(4, "bottom10: tokens in a window", POSITIVE)
+    overlap_ratio: float = opt(0.2, "bottom10: overlap of neighbouring windows", FRACTION)
+    ratio: float = opt(0.1, "bottom10: share of the windows to drop", (lambda v: 0 < v < 1, "between 0 and 1"))
+    direction: Literal["low_ppl", "low_confidence"] = opt("low_ppl", "bottom10: which end of the windows to drop")
+    reference: Literal["start", "base", "online"] = opt("start", "the model whose perplexities decide")
+    match: str = opt("highest", "lowest, random: drop as many as this arm does")
+    normalize: Literal["kept", "all"] = opt("kept", "divide the loss by the kept or by all completion tokens")
+    mask_end: bool = opt(False, "let the end-of-turn token be dropped too")
+    tau: float = opt(0.75, "soft: width of the weight exp(-((ppl - 1) / tau)^2)", POSITIVE)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    batch_size: int = opt(64, "prompts decoded together", POSITIVE)
+    max_new_tokens: int | None = opt(None, "longest answer (default: the task's own)", POSITIVE)
+    tasks: str | None = opt(None, "score these tasks only")
+    eval_items: int = opt(64, "test items scored at every eval_steps", POSITIVE)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One study.  `sources` names the YAML files that were read, `notes` says what of them is not used; both are no leaves."""
+
+    datasets: str | None = opt(None, "tasks: a,b | name=file.jsonl | all (default: all under --data_root)")
+    data_root: str = opt("data", "where the data folders lie")
+    pairs: str | None = opt(None, "stage-2 pairs: a:b,c:d (default: every ordered pair; optimizers: the first two tasks)")
+    stage: int | None = opt(None, "1 or 2 (default: both)", (lambda v: v in (1, 2), "1 or 2"))
+    mask: str | None = opt(None, "arms, see masking/weights.py (default: none,bottom10,highest)")
+    out: str = opt(OUT, "study folder, with {model} or {timestamp} (optimizers: out/{model}_optimizers)", SOME_TEXT)
+    seed: int = opt(0, "seed of everything random", FROM_ZERO)
+    seeds: str | None = opt(None, "several seeds: 0,1,2")
+    max_train: int | None = opt(None, "train on at most so many rows of a task", POSITIVE)
+    max_test: int | None = opt(None, "score at most so many rows of a task", POSITIVE)
+    max_length: int = opt(2048, "longest example in tokens", POSITIVE)
+    template: Literal["auto", "llama3", "llama3-bare", "plain"] = opt("auto", "prompt template")
+    strict: bool = opt(False, "a bad record is an error")
+    inspect: int | None = opt(None, "show kept and dropped tokens of so many examples, train nothing", POSITIVE)
+    print_config: bool = opt(False, "print what would run, train nothing")
+    skip_training: bool = opt(False, "train nothing: score what is trained, draw tables and pictures")
+    study: Literal["masks", "optimizers"] = opt("masks", "what its arms are")
+    compare_optimizers: bool = opt(False, "run every optimizer and rate of --comparison, not --optimizer alone")
+    comparison: dict[str, list[float]] | None = opt(None, "'{adamw: [1e-3, 3e-3], muon: [3e-3]}' (default: both at one rate)", RATES)
+    full: bool = opt(False, "train all weights, no LoRA")
+    quantize: Literal["none", "nf4", "int8"] = opt("none", "LoRA on a quantised base (needs bitsandbytes)")
+    max_memory: str | None = opt(None, "6GiB: layers of the base beyond this wait in host memory", MEMORY)
+    device: str = opt("auto", "auto | cpu | cuda | cuda:N", DEVICE)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "compute type")
+    micro_tokens: int | None = opt(None, "most tokens in one pass of a step (default: 16384 on CUDA, 4096 on CPU)", POSITIVE)
+    shard: Literal["none", "runs", "model"] = opt("none", "what torchrun's processes share: each step (none), runs, a --full model")
+    keep: int = opt(2, "newest checkpoints that stay in a run", POSITIVE)
+    resume_stage1: str | None = opt(None, "go on from this checkpoint folder (default: the newest whole one is found)", SOME_TEXT)
+    resume_stage2: str | None = opt(None, "the same for stage 2", SOME_TEXT)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    arms: dict[str, dict] | None = opt(None, "YAML only: stage-2 settings of one arm, {bottom10: {learning_rate: 2e-5}}")
+    sources: tuple = field(default=(), init=False, repr=False, compare=False)
+    notes: tuple = field(default=(), init=False, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    root: str | None = opt(None, "study folder (default: the newest under out/)")
+    model: str | None = opt(None, "score this model, without a study")
+    adapter: str | None = opt(None, "adapter folder to put on --model")
+    tasks: str | None = opt(None, "score these tasks only: a,b")
+    datasets: str | None = opt(None, "like train.py: a,b | name=file.jsonl | all")
+    data_root: str = opt("data", "where the data folders lie")
+    max_test: int | None = opt(None, "score at most so many rows of a task", POSITIVE)
+    batch_size: int = opt(64, "prompts decoded together", POSITIVE)
+    max_new_tokens: int | None = opt(None, "longest answer (default: the task's own)", POSITIVE)
+    device: str = opt("auto", "auto | cpu | cuda | cuda:N", DEVICE)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "compute type")
+    template: Literal["auto", "llama3", "llama3-bare", "plain"] = opt("auto", "prompt template")
+    out: str | None = opt(None, "where the results of --model go", SOME_TEXT)
+    replot: bool = opt(False, "draw again from the stored results, score nothing")
+    no_merge: bool = opt(False, "with --adapter: score once more with the adapter beside the weights, and say what differs")
+    sources: tuple = field(default=(), init=False, repr=False, compare=False)
