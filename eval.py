@@ -18,7 +18,7 @@ import numpy as np
 
 from data.batching import Examples, cut_middle, tokenize
 from data.builtin import BUILTIN_TASKS
-from data.folder import Task, find_task, scan
+from data.folder import Task, find_task, held_out, scan
 from data.records import Record
 from lora.adapter import load_adapter
 from lora.drift import drift_record
@@ -26,13 +26,13 @@ from lora.layers import lora_layers, merged
 from lora.states import put_on, state_fingerprint
 from masking.score import score_examples
 from metrics.answers import score_answer
-from metrics.statistics import mean_interval, wilson_interval
+from metrics.summary import summarise
 from model.checkpoint import load_model
 from model.generate import Decoder, generate_and_score
 from model.llama import Llama
 from model.subject import Subject, load_subject
 from model.tokenizer import Tokenizer
-import study.comparison
+from study.comparison import report_comparison
 from study.config import Config, EvalConfig, parse, parse_eval
 from study.errors import LetheError, run_command
 from study.folder import newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
@@ -112,23 +112,6 @@ def differences_of(items: list[dict], others: list[dict]) -> dict:
     }
 
 
-def summarise(items: list[dict]) -> list[dict]:
-    """Rows {metric, value, low, high, n, unparsed} of one cell, with 95 % intervals (Wilson for shares)."""
-    n, unparsed = len(items), sum(item["extracted"] is None for item in items)
-    rows = []
-    shares = {metric: items for metric in ("exact_match", "flexible_match", "string_match")}
-    for group in sorted({item["group"] for item in items} - {""}):  # templates that training never saw, apart
-        shares[f"exact_match_{group}"] = [item for item in items if item["group"] == group]
-    for metric, chosen in shares.items():
-        hits = sum(item["exact_match" if metric.startswith("exact_match") else metric] for item in chosen)
-        low, high = wilson_interval(hits, len(chosen))
-        rows.append({"metric": metric, "value": hits / len(chosen), "low": low, "high": high, "n": len(chosen), "unparsed": unparsed})
-    for metric in ("rougeL", "answer_nll"):
-        value, low, high = mean_interval([item[metric] for item in items])
-        rows.append({"metric": metric, "value": value, "low": low, "high": high, "n": n, "unparsed": unparsed})
-    return rows
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A study
 
@@ -136,7 +119,10 @@ def summarise(items: list[dict]) -> list[dict]:
 def trained_runs(tree: Path) -> list[Run]:
     """The finished runs of a study, as their manifests say, stage 1 first."""
     found = [read_json(file) for file in sorted(tree.glob("**/run.json"))]
-    runs = [Run(**record["run"]) for record in found if record.get("status") == "done"]
+    return in_reading_order([Run(**record["run"]) for record in found if record.get("status") == "done"])
+
+
+def in_reading_order(runs: list[Run]) -> list[Run]:
     arms = in_order(run.arm for run in runs)
     return sorted(runs, key=lambda run: (run.stage, run.first, run.second or "", arms.index(run.arm)))
 
@@ -147,37 +133,56 @@ def cell_file(tree: Path, run: Run | None, task: str) -> Path:
 
 def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, Task], only: set[str] | None = None) -> int:
     """Scores every cell that has no file yet: the base and stage 1 on every task, stage 2 on its two. Returns how many."""
-    runs = [run for run in trained_runs(tree) if run.first in tasks and (run.second is None or run.second in tasks)]
-    cells = [(run, name) for run, name in cells_to_score(runs, list(tasks)) if only is None or name in only]
-    missing = [(run, name) for run, name in cells if not cell_file(tree, run, name).is_file()]
-    by_run = {run: [name for other, name in missing if other == run] for run, _ in missing}
-    wide = max((len(run.folder) if run else 4 for run in by_run), default=0)
-    if by_run:
-        print("exact match after each run, on the tasks it concerns")
+    runs = [run for run in trained_runs(tree) if {run.first, run.second or run.first} <= set(tasks)]
+    cells = {run: missing(tree, run, names) for run, names in cells_by_run(runs, list(tasks), only).items()}
+    todo = [run for run, names in cells.items() if names]
     decoder = Decoder(subject.model, config.evaluation.batch_size)  # one cache for all cells
-    for number, (run, names) in enumerate(by_run.items(), 1):
-        began, told = time.perf_counter(), []
-        put_on(subject.model, tree / run.folder if run else None)
-        for name in names:
-            items = score_task(
-                subject.model, subject.tokenizer, tasks[name], max_test=config.max_test, max_length=config.max_length,
-                max_new_tokens=config.evaluation.max_new_tokens, decoder=decoder,
-            )  # fmt: skip
-            write_jsonl(cell_file(tree, run, name), items)
-            told.append(f"{name} {np.mean([item['exact_match'] for item in items]):6.1%}")
-        if run is not None and run.changes:
-            measure(subject, tree, run, tasks, config)
-        where = run.folder if run else "base"
-        print(f"{number:3d}/{len(by_run)} {where:{wide}s}  {'  '.join(told)}  {time.perf_counter() - began:6.1f} s", flush=True)
+    for number, run in enumerate(todo, 1):
+        header = "" if number > 1 else SCORING
+        label = f"{number:3d}/{len(todo)} {run.folder if run else 'base':36s}"
+        score_run(tree, config, subject, tasks, run, cells[run], label, decoder, header)
     put_on(subject.model, None)
-    return len(missing)
+    return sum(map(len, cells.values()))
+
+
+SCORING = "exact match after each run, on the tasks it concerns"
+
+
+def cells_by_run(runs: list[Run], tasks: list[str], only: set[str] | None = None) -> dict[Run | None, list[str]]:
+    """The tasks that each run is scored on; None is the base."""
+    cells = [(run, name) for run, name in cells_to_score(runs, tasks) if only is None or name in only]
+    return {run: [name for other, name in cells if other == run] for run in dict.fromkeys(run for run, _ in cells)}
+
+
+def missing(tree: Path, run: Run | None, names: list[str]) -> list[str]:
+    return [name for name in names if not cell_file(tree, run, name).is_file()]
+
+
+def score_run(
+    tree: Path, config: Config, subject: Subject, tasks: dict[str, Task], run: Run | None, names: list[str], label: str,
+    decoder: Decoder, header: str = "",
+) -> None:  # fmt: skip
+    """Scores what one run left (None: the base) on those of the tasks that have no file yet, and prints a line."""
+    if header:
+        print(header)
+    began, told = time.perf_counter(), []
+    put_on(subject.model, tree / run.folder if run else None)
+    for name in missing(tree, run, names):
+        items = score_task(
+            subject.model, subject.tokenizer, tasks[name], max_test=config.max_test, max_length=config.max_length,
+            max_new_tokens=config.evaluation.max_new_tokens, decoder=decoder,
+        )  # fmt: skip
+        write_jsonl(cell_file(tree, run, name), items)
+        told.append(f"{name} {np.mean([item['exact_match'] for item in items]):6.1%}")
+    if run is not None and run.changes:
+        measure(subject, tree, run, tasks, config)
+    print(f"{label}  {'  '.join(told)}  {time.perf_counter() - began:6.1f} s", flush=True)
 
 
 def measure(subject: Subject, tree: Path, run: Run, tasks: dict[str, Task], config: Config) -> None:
     """drift.json and dev.json of a run: how far it moved the model, and its nll on rows that are in neither train nor test.
 
-    The KL to the base is on the test items' reference answers. dev.json {task: mean nll of the answers} has the tasks that keep
-    rows for rehearsal, which is what it is taken from.
+    The KL to the base is on the test items' reference answers. dev.json: {task: mean over rows of the answers' mean nll}.
     """
     model, tokenizer, folder = subject.model, subject.tokenizer, tree / run.folder
     mine = {name: tasks[name] for name in (run.first, run.second) if name}
@@ -189,9 +194,8 @@ def measure(subject: Subject, tree: Path, run: Run, tasks: dict[str, Task], conf
     write_json(folder / "drift.json", drift_record(model, items, model.source, base))
     dev = {}
     for name, task in mine.items():
-        if task.replay is None:
-            continue
-        rows = tokenize(task.replay(), tokenizer, config.max_length, f"{task.fingerprint} replay", tree / "tokens")
+        limit, records = held_out(task, config.max_train)
+        rows = tokenize(records, tokenizer, config.max_length, f"{task.fingerprint} from row {limit}", tree / "tokens")
         nll = score_examples(model, rows, state_fingerprint(folder), tree / "perplexity")
         dev[name] = float(np.mean([part.mean() for part in np.split(nll, rows.completion_offsets[1:-1])]))
     write_json(folder / "dev.json", dev)
@@ -218,7 +222,8 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
     trees = seed_folders(root)
     compared = [run for run in trained_runs(trees[0]) if run.changes]
     if compared:
-        study.comparison.report_comparison(root, quiet)
+        report_comparison(root, quiet)
+        log_pictures(root, sorted((root / "logs").glob("*.png")))
     if len(compared) == len(trained_runs(trees[0])) > 0:
         return []
     rows, dropped = [], {}
@@ -236,9 +241,7 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
     if not rows:
         raise LetheError(f"{root}: nothing is scored yet; run python train.py first")
     pictures = draw_all(rows, root / "performance_matrices_mask")
-    with RunLog(root, "study") as log:
-        for path in pictures:
-            log.picture(path.stem, path)
+    log_pictures(root, pictures)
     write_json(root / "eval_results_mask.json", {"results": rows})  # last: is_reported goes by it
     if not quiet:
         print("\n" + summary_table(rows, dropped))
@@ -246,6 +249,12 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
         print(f"pictures   {root / 'performance_matrices_mask'}/ ({len(pictures)})")
         print(f"curves     tensorboard --logdir {root / 'tensorboard' if len(trees) == 1 else root}")
     return rows
+
+
+def log_pictures(root: Path, pictures: list[Path]) -> None:
+    with RunLog(root, "study") as log:
+        for path in pictures:
+            log.picture(path.stem, path)
 
 
 def is_reported(root: Path) -> bool:

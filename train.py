@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,28 +24,31 @@ from torch import Tensor, nn
 
 import eval as evaluation
 from data.batching import Examples, Micro, collate, micro_tokens_of, step_indices, steps_of
-from data.records import Report
+from data.folder import held_out
 from lora.layers import add_lora, dropout_keys
 from lora.resume import Learner, asked_checkpoint, resume, save_checkpoint
 from lora.states import put_on, save_state, state_fingerprint
-from masking.bench import Bench, masked_weights, refuse_masks, show_masks
+from masking.bench import Bench, masked_weights, show_masks
 from masking.inspect import masked_example, masked_markdown
+from masking.outline import plan, plan_lines
 from masking.score import example_weights, micro_nll
 from masking.weights import policies
 from model.attention import Pack
 from model.checkpoint import find_model
+from model.generate import Decoder
 from model.llama import Llama
 from model.subject import load_subject
 from optim.masters import collect_gradients, write_back
+from optim.parallel import ALONE, Ranks, device_of, environment, start
 from optim.partition import optimizers_of, partition_lines
 from optim.schedule import lr_factor
-from study.comparison import plan_comparison
-from study.config import Config, OptimizerConfig, StageConfig, changed, config_text, optimizer_arms, parse, parse_seeds, stage_config
+from study.config import Config, OptimizerConfig, StageConfig, changed, config_text, parse, parse_seeds, stage_config
 from study.errors import LetheError, is_out_of_memory, run_command
-from study.folder import expand_out, is_done, open_study, seed_folders, write_json
+from study.folder import StudyFolder, expand_out, is_done, open_study, read_json, seed_folders, write_json
 from study.identity import identity_of
-from study.logging import RunLog, format_table, memory_gib, progress, say
-from study.plan import Run, arm_label, parse_arms, plan_runs
+from study.logging import RunLog, memory_gib, progress, say
+from study.plan import Run, title_of
+from study.queue import Job, Workers
 from study.signals import Interrupted, stop_on_signal
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,13 +99,15 @@ def fit(
     normalize: str = "kept",
     online_weights: Callable[[Tensor, Micro], Tensor] | None = None,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
     """Trains the learner's parameters from step `start` on, yielding after each optimizer step.
 
     The loss of a step is sum(w * nll) / sum(w) over all its micro-batches (normalize "all": / completion tokens), so it
     does not matter how the step is split. batches(step, micro_tokens) gives the micro-batches, of at most micro_tokens
     tokens each; where one has no weights of its own, online_weights(nll, micro) decides them from this pass's losses.
-    Learning rate, data and dropout are functions of the step's number alone. A step that runs out of memory is taken again
+    Learning rate, data and dropout are functions of the step's number alone. With several ranks, batches gives this rank's
+    share, and gradients and sums are those of all (optim.parallel). A step that runs out of memory is taken again
     in smaller micro-batches, and so are those after it; this is said once.
     """
     parameters, masters, optimizers, scaler = learner.parameters, learner.masters, learner.optimizers, learner.scaler
@@ -114,10 +119,11 @@ def fit(
                 group["lr"] = rate * factor
 
         # Forward and backward. Gradients gather sum(w * nll) / count; the true denominator is known at the end.
+        micros = batches(number, micro_tokens)
+        examples = [i for micro in micros for i in micro.indices]
+        count, tokens = ranks.totals(sum(micro.completions for micro in micros), sum(micro.tokens for micro in micros))
         sums = None
         while sums is None:
-            micros = batches(number, micro_tokens)
-            count = sum(micro.completions for micro in micros)
             try:
                 sums = forward_backward(model, micros, lambda loss: scaler.scale(loss / count).backward(), online_weights, (seed, number))  # noqa: B023
             except (RuntimeError, MemoryError) as error:
@@ -125,11 +131,13 @@ def fit(
                     raise
             if sums is None:  # beyond the except, so that nothing holds the failed pass
                 micro_tokens = smaller_passes(model, parameters, micros, number)
-        loss_sum, weight_sum, kept = sums
+                micros = batches(number, micro_tokens)
 
         # One global denominator, then clip and step.
+        loss_sum, (weight_sum, kept) = sums[0], ranks.totals(*sums[1:])
         denominator = weight_sum if normalize == "kept" else count
         collect_gradients(parameters, masters)
+        ranks.sum_(masters, loss_sum)
         outcome, grad_norm = "stepped", torch.zeros((), device=model.device)
         if weight_sum == 0:
             outcome = "skipped"
@@ -149,8 +157,7 @@ def fit(
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         readings = torch.stack((loss_sum / (denominator or 1), grad_norm.double()))
-        tokens, examples = sum(micro.tokens for micro in micros), [i for micro in micros for i in micro.indices]
-        yield Step(number, kept / count, tokens, learner.peaks[0][0] * factor, outcome, micro_tokens, examples, readings)
+        yield Step(number, kept / count, int(tokens), learner.peaks[0][0] * factor, outcome, micro_tokens, examples, readings)
 
 
 def forward_backward(
@@ -224,10 +231,13 @@ class Tally:
         return {name: value for name, value in self.__dict__.items() if name != "steps"}
 
 
-def settings_of(config: Config, run: Run) -> tuple[StageConfig, int | None, OptimizerConfig]:
+def settings_of(bench: Bench, run: Run) -> tuple[StageConfig, int | None, OptimizerConfig]:
     """(settings, max_train, optimizer) of one run: its stage's and its arm's, with what is the run's own."""
-    config = changed(config, run.changes)
-    return *stage_config(config, run.stage, run.mask), config.optimizer
+    config = changed(bench.config, run.changes)
+    settings, max_train = stage_config(config, run.stage, run.mask)
+    if run.changes:  # arms are chosen among by rows that none of them has seen
+        max_train = held_out(bench.tasks[run.task], max_train)[0]
+    return settings, max_train, config.optimizer
 
 
 def begin(bench: Bench, run: Run) -> list[tuple[str, nn.Parameter]]:
@@ -250,10 +260,11 @@ def begin(bench: Bench, run: Run) -> list[tuple[str, nn.Parameter]]:
 
 def train_run(bench: Bench, run: Run, label: str) -> None:
     """Trains one run from its newest checkpoint on, and writes what it leaves, its log and, last, its manifest run.json."""
-    config, model, folder = bench.config, bench.subject.model, bench.study.dir(run.folder)
-    settings, max_train, optimizer = settings_of(config, run)
-    examples = bench.examples(run.task, max_train)
-    weights, mask_stats, nll = masked_weights(bench, run, examples)
+    config, model, folder, ranks = bench.config, bench.subject.model, bench.study.dir(run.folder), bench.ranks
+    settings, max_train, optimizer = settings_of(bench, run)
+    with ranks.main_first():
+        examples = bench.examples(run.task, max_train)
+        weights, mask_stats, nll = masked_weights(bench, run, examples)
     names, parameters = zip(*begin(bench, run), strict=True)
     model.gradient_checkpointing = settings.gradient_checkpointing
 
@@ -263,7 +274,8 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     warmup = round(settings.warmup_ratio * total) if settings.warmup_steps is None else settings.warmup_steps
 
     def batches(step: int, micro_tokens: int) -> list[Micro]:
-        return collate(examples, step_indices(len(examples), per_step, bench.seed, step), micro_tokens, weights)
+        mine = ranks.share(step_indices(len(examples), per_step, bench.seed, step), examples.lengths)
+        return collate(examples, mine, micro_tokens, weights) if mine else []
 
     def online(losses: Tensor, micro: Micro) -> Tensor:
         parts = []
@@ -279,37 +291,39 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     learner = Learner(model, list(parameters), lambda masters: optimizers_of(list(names), masters, **choice))
     partition = partition_lines(list(names), learner.masters, name=o.name, muon_scale=o.muon_scale, muon_factors=o.muon_factors)
     if partition not in bench.told:  # once for each optimizer and rate
-        print("optimizer  " + "\n           ".join(partition), flush=True)
+        bench.tell("optimizer  " + "\n           ".join(partition))
         bench.told.append(partition)
     tally = Tally(micro_tokens_of(config.micro_tokens, model.device))
     same = json.loads(json.dumps({
         "run": run.__dict__, "base": model.fingerprint, "tokens": examples.key, "steps": total, "examples_per_step": per_step,
         "optimizer": choice, "warmup": warmup, "schedule": settings.scheduler, "seed": bench.seed,
     }))  # fmt: skip
-    start, saved = 0, resume(folder, learner, same, asked_checkpoint(config, run))
+    with ranks.main_first():
+        saved, done = resume(folder, learner, same, asked_checkpoint(config, run), clear=ranks.main), 0
     if saved:
-        start, budget = saved["step"], tally.micro_tokens
+        done, budget = saved["step"], tally.micro_tokens
         tally.__dict__.update(saved["tally"])
         tally.micro_tokens = min(tally.micro_tokens, budget)
         print(f"resumed    {run.folder} after step {start} of {total}", flush=True)
 
     steps = fit(
-        model, learner, batches, total, start=start, micro_tokens=tally.micro_tokens, schedule=settings.scheduler, warmup=warmup,
+        model, learner, batches, total, start=done, micro_tokens=tally.micro_tokens, schedule=settings.scheduler, warmup=warmup,
         max_grad_norm=settings.max_grad_norm, normalize="all" if run.mask == "soft" else config.masking.normalize,
-        online_weights=online, seed=bench.seed,
+        online_weights=online, seed=bench.seed, ranks=ranks,
     )  # fmt: skip
     before, began, speed = tally.seconds, time.perf_counter(), 0.0
     with (
-        RunLog(bench.study.path, run.folder, start) as log,
-        progress(total, " ".join(label.split()), " steps", start=start) as bar,
+        RunLog(bench.study.path, run.folder, done, enabled=ranks.main) as log,
+        progress(total, " ".join(label.split()), " steps", start=done, enabled=ranks.main) as bar,
         stop_on_signal() as stop,
     ):
-        if not start:
+        if not done:
             log.text("config", "```\n" + config_text(config) + "```")
             log_masked_examples(bench, log, examples, nll, weights)
         for step in steps:
             number = step.number + 1
             tally.add(step)
+            bench.check()
             if number % settings.log_steps == 0 or number in (1, total):
                 tally.close_line()
                 speed = tally.tokens / (before + time.perf_counter() - began)  # after the reading, which waits for the device
@@ -317,15 +331,17 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
                              "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()},
                             number, tokens=tally.tokens)  # fmt: skip
             bar.update(1, loss=tally.last_loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
-            if settings.eval_steps and number % settings.eval_steps == 0:
+            if settings.eval_steps and number % settings.eval_steps == 0 and ranks.main:
                 log.scalars(held_out_scores(bench, run), number)
-            if number < total and (stop.asked or number % settings.save_steps == 0):
+            stops = bool(ranks.most(stop.asked))
+            if number < total and (stops or number % settings.save_steps == 0):
                 tally.seconds = before + time.perf_counter() - began
                 log.flush()
                 epoch = number / math.ceil(len(examples) / per_step)
                 state = {"same": same, "tally": tally.state()}  # a loss that is not finite is an error here, and never saved
-                save_checkpoint(folder, run.stage, epoch, number, learner, state, config.keep, bench.subject.name)
-            if stop.asked:
+                if ranks.main:
+                    save_checkpoint(folder, run.stage, epoch, number, learner, state, config.keep, bench.subject.name)
+            if stops:
                 raise Interrupted
         tally.seconds = before + time.perf_counter() - began
         dropped = 1 - float(np.mean(tally.kept))
@@ -339,6 +355,8 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     if not tally.outcomes.get("stepped"):
         mend = "the mask keeps no token; raise --tau" if run.mask == "soft" else "the mask keeps no token; raise --threshold"
         raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({tally.outcomes}): {mend}")
+    if not ranks.main:
+        return
     save_state(model, folder, bench.subject.name)
     write_json(folder / "run.json", {
         "status": "done", "run": run.__dict__, "steps": total, "outcomes": tally.outcomes, "tokens": tally.tokens,
@@ -383,49 +401,44 @@ def log_masked_examples(bench: Bench, log: RunLog, examples: Examples, nll: np.n
 
 def run_study(config: Config, argv: list[str]) -> None:
     began = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LetheError("one process at a time: use --nproc-per-node 1")
+    ranks, workers = gather(config)
+    tell = print if ranks.main and workers.main else lambda *_: None
     for note in config.notes:
-        print(note)
+        tell(note)
     find_model(config.model.name)  # before the data: a wrong name is told as such
     tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
     runs = plan(config, list(tasks))
     involved = {name for run in runs for name in (run.first, run.second)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name)
-    subject = load_subject(config.model.name, config.device, config.dtype, config.template)
-    print(subject.about)
+    subject = load_subject(config.model.name, config.device if ranks.device is None else str(ranks.device), config.dtype, config.template)
+    tell(subject.about)
     # What "auto" turned out to be is part of the study: another machine must not mix its own choice in.
     resolved = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)
-    seeds, worked = parse_seeds(config), 0
     if (root / "study.json").is_file() if config.seeds else seed_folders(root) != [root]:
         raise LetheError(f"{root} holds a study of {'one seed' if config.seeds else 'several seeds'}; choose another folder with --out")
-    for seed in seeds:
+    worked = 0
+    for seed in parse_seeds(config):
         tree = root if config.seeds is None else root / f"seed{seed}"
         identity = identity_of(resolved, subject.model.fingerprint, {name: task.fingerprint for name, task in tasks.items()}, seed)
         specs = {name: {"name": task.spec, "data_root": str(Path(config.data_root).resolve())} for name, task in tasks.items()}
         more = {"tasks": specs, "model": config.model.name, "template": subject.tokenizer.template}
-        study = open_study(tree, resolved, identity, more, argv)
-        bench = Bench(config, subject, tasks, study, seed)
+        with ranks.main_first(), workers.main_first(f"seed{seed}"):
+            mine = ranks.main and workers.main
+            study = open_study(tree, resolved, identity, more, argv) if mine else StudyFolder(tree, read_json(tree / "study.json"))
+            bench = Bench(config, subject, tasks, study, seed, ranks, workers.check, tell)
+            shown = plan_lines(bench, runs)  # which makes the tokens of every task
         if config.inspect:
             show_masks(bench, runs)
             continue
-        todo = [run for run in runs if not is_done(study.dir(run.folder))]
         if (config.resume_stage1 or config.resume_stage2) and not any(asked_checkpoint(config, run) for run in runs):
             raise LetheError("--resume_stage1, --resume_stage2: the checkpoint belongs to no run of this study")
-        print(f"\nstudy      {tree}   seed {seed}")
-        print(plan_lines(bench, runs, len(runs) - len(todo)))
-        if config.skip_training and todo:
-            print(f"skipped    the training of {len(todo)} runs, as asked")
-            todo = []
-        names = [f"{run.first if run.stage == 1 else f'{run.first} > {run.second}'}  {arm_label(run.arm)}" for run in todo]
-        names = [name.removesuffix("  lora_transfer") if run.stage == 1 else name for run, name in zip(todo, names, strict=True)]
-        for number, (run, name) in enumerate(zip(todo, names, strict=True), 1):
-            train_run(bench, run, f"{number:3d}/{len(todo)} {name:{max(map(len, names))}s}")
-        only = {name.strip() for name in config.evaluation.tasks.split(",")} if config.evaluation.tasks else None
-        scored = evaluation.score_study(tree, config, subject, tasks, only)
-        worked += len(todo) + scored
-    if config.inspect:
+        tell(f"\nstudy      {tree}   seed {seed}\n{shown}")
+        jobs = jobs_of(bench, runs)
+        worked += sum(not job.done for job in jobs)
+        workers.do(f"seed{seed}", jobs)
+    ranks.barrier()
+    if config.inspect or not (ranks.main and workers.main):
         return
     if not worked and evaluation.is_reported(root):
         print(f"nothing to do: every run is trained and every cell is scored; python eval.py --root {root} shows the results")
@@ -434,41 +447,47 @@ def run_study(config: Config, argv: list[str]) -> None:
     print(f"took       {time.perf_counter() - began:.0f} s")
 
 
-def plan(config: Config, tasks: list[str]) -> list[Run]:
-    """The runs of the study, parents before children. Settings under which one of them could not run are told now."""
-    compared = optimizer_arms(config)
-    if compared is not None:
-        rates = {name: [rate for other, rate in compared if other == name] for name, _ in compared}
-        return plan_comparison(tasks, rates, config.pairs)
-    known = policies()
-    arms = parse_arms(config.mask, known)
-    refuse_masks(config, arms)
-    return plan_runs(tasks, arms, config.pairs, config.stage, any("adapter_nll" in known[arm] for arm in arms))
+def gather(config: Config) -> tuple[Ranks, Workers]:
+    """This process's place among torchrun's: ranks that share every step, or (--shard runs) workers that share the runs."""
+    try:
+        rank, world, local = environment()
+        if config.shard == "runs" and world > 1:
+            return Ranks(device=device_of(config.device, world, local)), Workers(rank, shared=True)
+        return start(config.device) if world > 1 else ALONE, Workers()
+    except ValueError as error:
+        raise LetheError(str(error)) from error
 
 
-def plan_lines(bench: Bench, runs: list[Run], done: int) -> str:
-    """What will run, with the derived quantities, once; and which rows of the data were bad."""
-    config = bench.config
-    source = ", ".join(os.path.relpath(path) for path in config.sources) or "the defaults"
-    lines = [f"settings   {source}; LoRA r {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}"]
-    stages = sorted({run.stage for run in runs})
-    table, bad = [], []
-    for name, task in bench.tasks.items():
-        found = bench.examples(name, config.max_train)
-        report = found.report
-        bad += [*report["bad_rows_shown"], *(f"{where}: {reason}" for where, reason in (task.test_report or Report()).dropped)]
-        row = [name, len(found), len(task.test[: config.max_test]), report["length_p50_p95_max"][0], report["trainable_tokens"],
-               report["truncated_prompts"], report["answers_too_long"], report["bad_rows"]]  # fmt: skip
-        for stage in stages:
-            settings, max_train = stage_config(config, stage)
-            per_step = settings.batch_size * settings.gradient_accumulation
-            row.append(steps_of(len(bench.examples(name, max_train)), per_step, settings.epochs, settings.max_steps))
-        table.append(row)
-    headers = ["task", "train", "test", "median tokens", "answer tokens", "cut prompts", "too long", "bad rows"]
-    lines.append(format_table(table, headers + [f"stage {stage} steps" for stage in stages]))
-    lines += [f"bad row    {line}" for line in list(dict.fromkeys(bad))[:20]]
-    lines.append(f"plan       {len(runs)} run{'s' * (len(runs) > 1)}, {done} of them done before")
-    return "\n".join(lines)
+def jobs_of(bench: Bench, runs: list[Run]) -> list[Job]:
+    """The training and the scoring of every run, in order; each says what must be done before it."""
+    config, tree, known = bench.config, bench.study.path, policies()
+    done = {run: is_done(bench.study.dir(run.folder)) for run in runs}
+    todo = [] if config.skip_training else [run for run in runs if not done[run]]
+    labels = numbered(todo, [title_of(run) for run in todo])
+    jobs = []
+    for run in runs:
+        needs = [run.parent] if run.parent else []
+        needs += [f"lora_base/{run.second}"] if "adapter_nll" in known.get(run.mask, ()) else []
+        jobs.append(Job(run.folder, needs, run not in todo, partial(train_run, bench, run, labels.get(run, ""))))
+    here = [run for run in runs if done[run] or run in todo]
+    here += [run for run in evaluation.trained_runs(tree) if run not in runs and {run.first, run.second or run.first} <= set(bench.tasks)]
+    asked = config.evaluation.tasks
+    only = {name.strip() for name in asked.split(",")} if asked else None
+    cells = evaluation.cells_by_run(evaluation.in_reading_order(here), list(bench.tasks), only)
+    missing = [run for run, names in cells.items() if evaluation.missing(tree, run, names)] if bench.ranks.main else []
+    labels = numbered(missing, [run.folder if run else "base" for run in missing])
+    decoder = Decoder(bench.subject.model, config.evaluation.batch_size)  # one cache for all cells
+    for run, names in cells.items():
+        header = evaluation.SCORING if missing[:1] == [run] else ""
+        work = partial(evaluation.score_run, tree, config, bench.subject, bench.tasks, run, names, labels.get(run, ""), decoder, header)
+        jobs.append(Job(f"score {run.folder if run else 'base'}", [run.folder] if run else [], run not in missing, work))
+    return jobs
+
+
+def numbered(runs: list, names: list[str]) -> dict:
+    """{run: "  3/12 its name"}, all of one width."""
+    wide = max(map(len, names), default=0)
+    return {run: f"{number:3d}/{len(runs)} {name:{wide}s}" for number, (run, name) in enumerate(zip(runs, names, strict=True), 1)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -477,7 +496,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         config = parse(argv)
         if config.print_config:
-            print(config_text(config), end="")
+            print("".join(f"# {note}\n" for note in config.notes) + config_text(config), end="")
         else:
             run_study(config, ["train.py", *argv])
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import logging
 import multiprocessing
 import os
 import random
@@ -24,8 +24,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# One thread: the server that the processes are forked from must not have started others. To be set before torch is imported.
-os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # runs as a script, from anywhere
 
@@ -40,9 +38,11 @@ PHASES = {
     "report": "eval:report",
 }
 TASKS = ("mini_svamp", "mini_simpleqa")
-WORDS = ["--datasets", ",".join(TASKS), "--pairs", ":".join(TASKS), "--mask", "none,bottom10", "--max_train", "32", "--max_test", "6",
-         "--epochs", "3", "--batch_size", "8", "--gradient_accumulation", "1", "--max_length", "256", "--max_new_tokens", "8",
-         "--learning_rate", "1e-2", "--log_steps", "2", "--save_steps", "2", "--keep", "2", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+SETTINGS = ["--max_train", "32", "--max_test", "6", "--epochs", "3", "--batch_size", "8", "--gradient_accumulation", "1",
+            "--max_length", "256", "--max_new_tokens", "8", "--learning_rate", "1e-2", "--log_steps", "2", "--save_steps", "3",
+            "--keep", "2", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+STUDY = ("--datasets", ",".join(TASKS), "--pairs", ":".join(TASKS), "--mask", "none,bottom10", *SETTINGS)  # four runs
+ONE_RUN = ("--datasets", TASKS[1], "--stage", "1", *SETTINGS)
 PASSING = {"time", "seconds", "memory_gib", "train/tokens_per_s", "train/memory_gib"}  # what may differ: times and memory
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ def work(words: list[str], log: str, marks: str, place: Place | None, changes: s
     def at_place(number: int) -> None:
         if number == place.number:
             reached.send_bytes(b"here")
-            if place.wait:
-                time.sleep(600)
+            while place.wait:
+                time.sleep(0.05)  # a single long one would sleep through a signal that comes just before it begins
 
     def mark(sign: str, phase: str) -> None:
         os.write(trace, f"{time.perf_counter()} {sign} {phase}\n".encode())
@@ -125,24 +125,30 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        path = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = str(REPO) + (os.pathsep + path if path else "")
         self.context = multiprocessing.get_context("forkserver")
         # With what they import only when it is used, which would be most of a start.
         late = ["torch.utils.tensorboard", "torch._dynamo", "rouge_score.tokenizers", "rouge_score.rouge_scorer"]
         self.context.set_forkserver_preload(["train", *late, "benchmarks.survive"])
         self.model = toy_model(folder / "model")
-        self.start(folder, "--print_config", alone=True)  # the server is up
+        before = dict(os.environ)
+        # One thread: the server that the processes are forked from must have started no other.
+        os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [before.get("PYTHONPATH")])])
+        try:
+            self.start(folder, "--print_config")  # brings up the server, which keeps this environment
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
     def start(
-        self, out: Path, *more: str, place: Place | None = None, after: float | None = None, number: int = signal.SIGKILL,
-        alone: bool = False, changes: str | None = None,
+        self, out: Path, *more: str, study: tuple[str, ...] = STUDY, place: Place | None = None, after: float | None = None,
+        number: int = signal.SIGKILL, changes: str | None = None,
     ) -> Attempt:  # fmt: skip
         """One start of the study in `out`, sent the signal `after` seconds behind its reaching the place, or behind the start.
 
-        alone: none of the words above but `more`. changes: "module:function", called in the process before it begins.
+        study, more: the words of the command. changes: "module:function", called in the process before it begins.
         """
-        words = [*([] if alone else WORDS), "--model", str(self.model), "--out", str(out), *more]
+        words = [*study, "--model", str(self.model), "--out", str(out), *more]
         log, marks = self.folder / "log.txt", self.folder / "marks.txt"
         here, there = self.context.Pipe(duplex=False)
         target = importlib.import_module("benchmarks.survive").work  # also where this file runs as __main__
@@ -158,10 +164,13 @@ class Bench:
                 process.join(after)
             if place is not None or after is not None:
                 os.kill(process.pid, number)
+            process.join(300)
         except (EOFError, ProcessLookupError):  # it was done before
-            pass
-        process.join()
-        here.close()
+            process.join(300)
+        finally:
+            here.close()
+            if process.exitcode is None:
+                process.kill()
         phases, entered = read_marks(marks)
         return Attempt(process.exitcode, phases, log.read_text(), time.perf_counter() - began, entered)
 
@@ -222,6 +231,7 @@ def board_of(folder: Path) -> dict[str, list]:
     """What TensorBoard shows of a run: tag -> (step, value), values of scalars only. AssertionError where a curve folds back."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each purge
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "histograms": 0, "images": 0})
     board.Reload()
     tags, shown = board.Tags(), {}
@@ -247,12 +257,12 @@ def unequal(one: dict, other: dict) -> list[str]:
 def planned(rng: random.Random, whole: Attempt, phases: list[str]) -> list[dict]:
     """A moment for each phase named: behind a random call's entry, by a random share of what such a call takes.
 
-    whole: the study undisturbed. "any": behind a random share of what it took.
+    whole: the study undisturbed. "any": behind a random share of the first half of it.
     """
     moments = []
     for phase in phases:
         if phase == "any":
-            moments.append({"after": rng.random() * whole.seconds})
+            moments.append({"after": rng.random() * whole.seconds / 2})
         else:
             usual = sorted(whole.entered[phase])[len(whole.entered[phase]) // 2]
             call = rng.randint(1, {"step": 5, "save": 3, "scoring": 1, "evaluation": 2, "report": 1}[phase])
@@ -290,10 +300,10 @@ def run(args: argparse.Namespace) -> dict:
         reference = outcome(Path(folder) / "whole")
         print(f"undisturbed {whole.seconds:.1f} s; {len(reference)} things to compare; "
               + ", ".join(f"{len(times)} calls of {phase}" for phase, times in whole.entered.items()))  # fmt: skip
-        while len(hits) < args.kills:
+        while len(hits) < args.kills or not {"step", "save", "scoring", "evaluation"} <= {*hits}:
             attempts += 1
             out = Path(folder) / f"study{attempts}"
-            cut, _ = killed_study(bench, out, planned(rng, whole, ROUND[: args.kills - len(hits)]))
+            cut, _ = killed_study(bench, out, planned(rng, whole, ROUND))
             hits += [attempt.phases[-1] if attempt.phases else "between" for attempt in cut]
             wrong = unequal(outcome(out), reference)
             differing += [f"study{attempts}: {name}" for name in wrong]

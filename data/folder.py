@@ -42,6 +42,16 @@ class Task:
     test_report: Report | None = None
 
 
+def held_out(task: Task, max_train: int | None, most: int = 200) -> tuple[int, list[Record]]:
+    """(how many rows to train on, rows to choose settings by that are not among them): what follows the first max_train.
+
+    Where all rows would be trained on, the last twentieth is kept back; never more than `most` are given.
+    """
+    rows = list(task.train())
+    limit = min(max_train or len(rows), len(rows) - min(most, -(-len(rows) // 20)))
+    return max(1, limit), rows[max(1, limit) :][:most]
+
+
 def task_modules() -> list[str]:
     """Names of the tasks that python -m data.prepare can make."""
     return sorted(path.stem for path in (Path(__file__).parent / "tasks").glob("[!_]*.py"))

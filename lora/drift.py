@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.batching import Examples, collate, micro_tokens_of
 from kernels.divergence import linear_kl
-from lora.layers import lora_layers
+from lora.layers import Projection, lora_layers
 from metrics.statistics import mean_interval
 from model.attention import Pack
 from model.checkpoint import open_safetensors, weight_files
@@ -30,9 +30,9 @@ def drift(model: Llama) -> dict:
     """Size of the adapter's change of the weights, dW = scale B A of every projection, without forming it.
 
     {"frobenius", "spectral", "relative_frobenius", "stable_rank", "matrices", "kinds": {"q_proj": the same, …}}.  frobenius is
-    of all matrices together, sqrt(sum of squares); spectral the largest singular value of any; relative_frobenius over
-    the base's norm of the same matrices (NaN where they are quantised); stable_rank the mean of frobenius² / spectral² over
-    matrices: how many directions a change has.  With B = Qb Rb and A^T = Qa Ra the singular values of B A are those of the
+    of all matrices together, sqrt(sum of squares); spectral the largest singular value of any; relative_frobenius over the
+    base's norm of the same matrices; stable_rank the mean of frobenius² / spectral² over matrices: how many directions a
+    change has.  With B = Qb Rb and A^T = Qa Ra the singular values of B A are those of the
     r x r matrix Rb Ra^T (float64, on the CPU).  Raises ValueError for a model without an adapter.
     """
     layers = lora_layers(model)
@@ -49,10 +49,17 @@ def drift(model: Llama) -> dict:
         cores = triangles[b][list(rows_b)] @ triangles[a][list(rows_a)].mT  # (n, r, r)
         values = torch.linalg.svdvals(cores) * torch.tensor([[layer.scale] for layer in members], dtype=torch.float64)
         for layer, own in zip(members, values, strict=True):
-            weight = layer.linear.weight
-            base = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)) if weight.dtype.is_floating_point else math.nan
+            base = float(torch.linalg.vector_norm(base_weight(model, layer), dtype=torch.float32))
             found[layer.name] = float(own.square().sum().sqrt()), float(own.max()), base
     return _summary(found)
+
+
+def base_weight(model: Llama, layer: Projection) -> Tensor:
+    """(out, in) of an adapted linear, dense also where the base is quantised."""
+    if layer.linear.weight is not None:
+        return layer.linear.weight
+    block = model.get_submodule(layer.name.rpartition(".")[0])
+    return block.elsewhere[layer.group].parts[block._groups[layer.group].index(layer.linear)].dense()
 
 
 @torch.no_grad()

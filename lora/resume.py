@@ -67,15 +67,15 @@ def save_checkpoint(folder: Path, stage: int, epoch: float, step: int, learner: 
     prune(target.parent, keep)
 
 
-def resume(folder: Path, learner: Learner, same: dict, asked: Path | None) -> dict | None:
+def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, clear: bool = True) -> dict | None:
     """Takes up the newest checkpoint of a run folder, else the one `asked` for; returns its state, None where there is none.
 
-    same: what must be as it was (plain JSON). Without a checkpoint the folder is cleared: the run begins anew, with the same
-    bits. Raises LetheError for a checkpoint of another training, with the differences.
+    same: what must be as it was (plain JSON). Without a checkpoint the folder is cleared (by the one rank that does it): the
+    run begins anew, with the same bits. Raises LetheError for a checkpoint of another training, with the differences.
     """
     found = newest_checkpoint(folder / "checkpoints") or asked
     if found is None:
-        if folder.exists():
+        if clear and folder.exists():
             shutil.rmtree(folder)
         return None
     tensors, state = read_checkpoint(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +16,12 @@ from masking.inspect import as_page, in_terminal, masked_example
 from masking.score import dataset_weights, score_examples
 from masking.weights import policies
 from model.subject import Subject
+from optim.parallel import ALONE, Ranks
 from study.config import Config, stage_config
 from study.errors import LetheError
 from study.folder import StudyFolder, is_done, write_text
 from study.logging import progress
-from study.plan import Run, arm_label, nearest, parse_arms
+from study.plan import Run, arm_label
 
 
 @dataclass
@@ -31,6 +33,9 @@ class Bench:
     tasks: dict[str, Task]
     study: StudyFolder
     seed: int
+    ranks: Ranks = ALONE
+    check: Callable[[], None] = lambda: None  # raises where another worker has taken the run over
+    tell: Callable = print  # for the one process that speaks for all
     told: list = field(default_factory=list)  # what is printed once for all runs
 
     def examples(self, task: str, max_train: int | None) -> Examples:
@@ -66,22 +71,6 @@ def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarr
     other = bench.scores(f"lora_base/{run.second}", examples) if "adapter_nll" in policies()[run.arm] else None
     weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, masking.mask_end, bench.seed)
     return weights, stats, nll
-
-
-def refuse_masks(config: Config, arms: list[str]) -> None:
-    """Settings under which an arm could not run, told before anything is trained."""
-    masking, known = config.masking, policies()
-    matchable = [name for name in known if "count" not in known[name] and "adapter_nll" not in known[name]]
-    if masking.match not in matchable:
-        raise LetheError(f"--match {masking.match}: no such policy to match{nearest(masking.match, matchable)}")
-    for arm in config.arms or {}:
-        parse_arms(arm, known)
-    for arm in arms:
-        asked = masking.match if "count" in known[arm] else arm
-        if masking.threshold == 0 and asked in ("highest", "stm_dpf"):
-            raise LetheError(f"--mask {arm} drops what lies above --threshold, a perplexity: give one above 0 (dpf alone takes 0)")
-        if masking.reference == "online" and "adapter_nll" in known[arm]:
-            raise LetheError(f"--mask {arm} compares two stored models; give --reference start or base")
 
 
 def show_masks(bench: Bench, runs: list[Run]) -> None:

@@ -146,6 +146,8 @@ def compare_items(a: Sequence, b: Sequence, seed: int = 0) -> dict:
     resampled, since seeds share the items.  That interval holds for these trained models; how far other seeds would be
     apart is told by seed_low and seed_high (Student's over the seeds' differences, NaN for one seed).  p: the exact
     sign-flip test by item (one seed: McNemar), NaN where scores are not whole; only_a, only_b: scores one side had alone.
+    Where all items changed alike (none did, say) resampling sees no spread: low, high are then as far off as Wilson's upper
+    bound on the share of items that might be otherwise.
     """
     first, second = (numpy.atleast_2d(numpy.asarray(x, dtype=numpy.float64)) for x in (a, b))
     if first.shape != second.shape or first.size == 0:
@@ -154,6 +156,9 @@ def compare_items(a: Sequence, b: Sequence, seed: int = 0) -> dict:
     found = paired_bootstrap(first.mean(axis=0), second.mean(axis=0), seed)
     _, seed_low, seed_high = seed_interval(change.mean(axis=1))
     whole = bool((change == numpy.rint(change)).all())
+    if whole and numpy.ptp(change.mean(axis=0)) == 0:
+        other = wilson_interval(0, change.shape[1])[1]
+        found |= {"low": max(-1.0, found["difference"] - other), "high": min(1.0, found["difference"] + other)}
     return {
         "difference": found["difference"],
         "low": found["low"],

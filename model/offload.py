@@ -59,7 +59,8 @@ def stream_layers(model: Llama, device: torch.device | str, max_memory: int) -> 
     if max_memory < least:
         raise LetheError(
             f"--max_memory {told(max_memory)} is too small for this model: its embeddings and head take {told(fixed)} and two layers "
-            f"{told(2 * layout.size)}; the least is {least / 2**20 + 0.1:.1f}MiB" + ("" if model.quantized else ", or less with --quantize nf4")
+            f"{told(2 * layout.size)}; the least is {least / 2**20 + 0.1:.1f}MiB"
+            + ("" if model.quantized else ", or less with --quantize nf4")
         )
     count = 0 if max_memory >= total else len(layers) - (max_memory - fixed - 2 * layout.size) // layout.size
     streamed = [i for i in range(len(layers)) if (i + 1) * count // len(layers) > i * count // len(layers)]
@@ -191,10 +192,7 @@ class Stream:
         layers = list(self.order)
         if not 0 <= place < len(layers) or any(slot.layer == layers[place] for slot in self.slots):
             return
-        # Of two free slots, the one whose layer is not the next to be needed.
-        free = [slot for slot in self.slots if slot is not self.current]
-        slot = next((slot for slot in free if slot.layer not in layers[max(0, place - 1) : place + 2]), free[0])
-        self._copy(layers[place], slot)
+        self._copy(layers[place], next(slot for slot in self.slots if slot is not self.current))
 
     def _copy(self, layer: int, slot: Slot) -> None:
         slot.layer = layer

@@ -37,7 +37,8 @@ def library() -> ModuleType:
         import bitsandbytes.functional as functional
     except (ImportError, OSError) as error:  # OSError: its binary does not fit this machine
         raise LetheError(
-            f"--quantize nf4 needs bitsandbytes ({str(error).splitlines()[0]}); pip install -r requirements-extra.txt, or use --quantize int8"
+            f"--quantize nf4 needs bitsandbytes ({str(error).splitlines()[0]}); pip install -r requirements-extra.txt, "
+            "or use --quantize int8"
         ) from error
     return functional
 

@@ -83,6 +83,15 @@ class Ranks:
         if sums is not None:
             self._reduce(sums)
 
+    def clip_(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """clip_grad_norm_ where each rank holds another part of the gradients (model/sharding.py): the norm is that of all parts."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        squared = torch.nn.utils.get_total_norm(gradients).to(self.device, torch.float64).square()
+        self.sum_([], squared)
+        norm = squared.sqrt().float()
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
     def totals(self, *values: float) -> list[float]:
         """Sums of host numbers over all ranks, in float64 (exact for counts), without a look at the device."""
         return self._of_all(values, dist.ReduceOp.SUM)
@@ -145,6 +154,9 @@ class Ranks:
                 f"rank {self.rank} of {self.world}: another rank has ended or cannot be reached ({why}); its own output says why, "
                 "and the same command goes on from the last checkpoint"
             ) from error
+
+
+ALONE = Ranks()
 
 
 def environment() -> tuple[int, int, int]:

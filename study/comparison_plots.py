@@ -13,10 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from study.comparison_points import Scored, in_order
 from study.plots import COLOURS, _caption, _clean, _save
 
+HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}  # of words on lines
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -41,8 +43,8 @@ def label(key: tuple[str, float]) -> str:
 
 def whisker(found: dict) -> tuple[float, float, float]:
     """(value, low, high) in percent: the wider of the intervals over items and over seeds."""
-    low, high = np.fmin(found["low"], found["seed_low"]), np.fmax(found["high"], found["seed_high"])
-    return 100 * found["difference"], 100 * float(low), 100 * float(high)
+    low, high = (np.array([found[side], found[f"seed_{side}"]], dtype=np.float64) for side in ("low", "high"))  # None: NaN
+    return 100 * found["difference"], 100 * float(np.nanmin(low)), 100 * float(np.nanmax(high))
 
 
 def place_labels(axes: Axes, texts: list[tuple[float, float, str]], size: float = 8.5) -> None:
@@ -53,8 +55,8 @@ def place_labels(axes: Axes, texts: list[tuple[float, float, str]], size: float 
     for (px, py), (x, y, text) in zip(dots, texts, strict=True):
         width, height = 0.56 * size * len(text) * scale, 1.25 * size * scale
         best = None
-        for reach in (8, 18, 30):
-            for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
+        for reach in (7, 16, 28):
+            for dx, dy in ((-1, 1), (1, -1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):  # whiskers lie across
                 cx, cy = px + dx * (reach * scale + width / 2), py + dy * (reach * scale + height / 2)
                 box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
                 clash = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
@@ -64,12 +66,23 @@ def place_labels(axes: Axes, texts: list[tuple[float, float, str]], size: float 
                 break
         taken.append(best[1])
         offset = (best[2][0] - px) / scale, (best[2][1] - py) / scale
-        axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha="center", va="center", fontsize=size, color="#333333")
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=offset,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=size,
+            color="#333333",
+            zorder=5,
+            bbox=HALO,
+        )
 
 
-def _legend(axes: Axes, handles: list[Line2D], title: str = "", below: bool = False, **where) -> None:
-    where = where or {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0)}
-    axes.legend(handles=handles, title=title or None, frameon=False, fontsize=9, title_fontsize=9, alignment="left", **where)
+def _legend(axes: Axes, handles: list[Line2D]) -> None:
+    """To the right of the axes."""
+    axes.legend(handles=handles, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
 
 def _dot(key: tuple[str, float], colour: tuple, chosen: bool = False, **more) -> Line2D:
@@ -80,8 +93,8 @@ def _dot(key: tuple[str, float], colour: tuple, chosen: bool = False, **more) ->
 def _note(points: list[dict], first: str, second: str) -> str:
     seeds = max(len(point["seeds"]) for point in points)
     n = [points[0]["states"]["base"][task]["n"] for task in (first, second)]
-    over = f"mean over {seeds} seeds; whiskers: the wider 95 % interval of items and seeds" if seeds > 1 else "one seed; whiskers: 95 % over items"
-    return f"{n[0]} and {n[1]} test items; {over}"
+    over = f"{seeds} seeds; whiskers: 95 % over items or over seeds, the wider" if seeds > 1 else "one seed; whiskers: 95 % over items"
+    return f"{n[0]} and {n[1]} test items, {over}."
 
 
 def frontier_figure(points: list[dict], first: str, second: str) -> Figure:
@@ -95,7 +108,8 @@ def frontier_figure(points: list[dict], first: str, second: str) -> Figure:
         for point in mine:
             (x, *xs), (y, *ys) = (whisker(point["intervals"][what]) for what in ("L_B", "F_abs"))
             colour = colours[key_of(point)]
-            axes.errorbar(x, y, xerr=[[x - xs[0]], [xs[1] - x]], yerr=[[y - ys[0]], [ys[1] - y]], color=colour, elinewidth=1, capsize=2.5, zorder=2)
+            around = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
+            axes.errorbar(x, y, **around, color=colour, elinewidth=1, capsize=2.5, zorder=2)
             edge = {"markeredgecolor": "black", "markeredgewidth": 1.8} if point["chosen"] else {"markeredgecolor": "white"}
             axes.plot(x, y, marker="o", markersize=11, color=colour, zorder=4, **edge)
             spots.append((x, y))
@@ -105,15 +119,16 @@ def frontier_figure(points: list[dict], first: str, second: str) -> Figure:
     axes.set_xlabel(f"{second} learned: points above the base")
     axes.set_ylabel(f"{first} lost in stage 2: points")
     axes.margins(0.12)
-    axes.set_title("What learning the second task costs on the first", fontsize=12, loc="left", pad=10)
+    axes.set_title("What learning the second task costs on the first", fontsize=12, loc="left", pad=28)
     full = {name: colours[in_order(key for key in colours if key[0] == name)[-1]] for name in dict.fromkeys(n for n, _ in colours)}
     handles = [_dot((name, 0), colour, label=NAMES.get(name, name)) for name, colour in full.items()]
     if any(point["chosen"] for point in points):
         handles.append(_dot(("", 0), "white", True, label="chosen rate"))
-    _legend(axes, handles, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    where = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncols": len(handles), "handletextpad": 0.3}
+    axes.legend(handles=handles, frameon=False, fontsize=9, **where)
     _clean(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
-    _caption(axes, f"Down and to the right is better; a number is a learning rate. {_note(points, first, second)}")
+    _caption(axes, f"Down and to the right is better; a number is a learning rate.\n{_note(points, first, second)}")
     figure.canvas.draw()
     place_labels(axes, texts)
     return figure
@@ -122,10 +137,14 @@ def frontier_figure(points: list[dict], first: str, second: str) -> Figure:
 def forgetting_figure(points: list[dict], first: str, second: str) -> Figure:
     """A before and after stage 2 for every point; beside it F_abs against KL to the base and against the weights' change."""
     sides = [
-        (f"KL to the base on {second}\n(nats a token)", lambda p: p["drift"]["after_stage2"].get("kl", {}).get(second)),
-        ("size of the change\n(Frobenius, % of the weights)", lambda p: _percent(p["drift"]["after_stage2"].get("relative_frobenius"))),
+        ("by the KL to the base", f"KL on {second} (nats a token)", lambda p: p["drift"]["after_stage2"].get("kl", {}).get(second)),
+        (
+            "by the change of weights",
+            "Frobenius norm, % of the weights'",
+            lambda p: _percent(p["drift"]["after_stage2"].get("relative_frobenius")),
+        ),
     ]
-    sides = [(name, value) for name, value in sides if any(value(point) is not None for point in points)]
+    sides = [side for side in sides if any(side[-1](point) is not None for point in points)]
     rows = len(points)
     figure = Figure(figsize=(4.8 + 3.4 * len(sides), max(3.4, 1.9 + 0.36 * rows)), layout="constrained")
     panels = figure.subplots(1, 1 + len(sides), squeeze=False, gridspec_kw={"width_ratios": [1.25] + [1] * len(sides)})[0]
@@ -155,7 +174,7 @@ def forgetting_figure(points: list[dict], first: str, second: str) -> Figure:
     _clean(axes)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
-    for axes, (name, value) in zip(panels[1:], sides, strict=True):
+    for axes, (title, name, value) in zip(panels[1:], sides, strict=True):
         for point in points:
             if (x := value(point)) is None:
                 continue
@@ -165,10 +184,10 @@ def forgetting_figure(points: list[dict], first: str, second: str) -> Figure:
             axes.errorbar(x, y, yerr=[[y - low], [high - y]], color=colour, elinewidth=1, capsize=2.5, zorder=2)
             axes.plot(x, y, "o", color=colour, markersize=9, zorder=3, **edge)
         axes.axhline(0, color="#888888", linewidth=1)
-        axes.set_xlim(left=0)
         axes.margins(0.1)
+        axes.set_xlim(0, 1.1 * max(value(point) or 0 for point in points) or 1)
         axes.set_xlabel(name)
-        axes.set_title("Points lost (F_abs)", fontsize=11, loc="left", pad=24)
+        axes.set_title(f"Points lost, {title}", fontsize=11, loc="left", pad=24)
         _clean(axes)
     return figure
 
@@ -195,6 +214,9 @@ def curves_figure(scored: list[Scored], first: str, second: str) -> Figure:
             if len(losses) > 1:
                 axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"Stage {stage}: {title}", fontsize=11, loc="left")
         axes.set_xlabel("optimizer step")
         _clean(axes)
@@ -204,12 +226,13 @@ def curves_figure(scored: list[Scored], first: str, second: str) -> Figure:
 
 
 def evaluation_figure(points: list[dict], scored: list[Scored], first: str, second: str) -> Figure:
-    """Exact match on both tasks from the base over both stages.  Dots: all test items; thin lines: the few scored while training."""
+    """Exact match on both tasks from the base over both stages: dots are all test items, the line between the first few."""
     figure = Figure(figsize=(9.4, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     colours = shades(map(key_of, points))
     for point in points:
-        key, runs = key_of(point), [one for one in scored if (one.optimizer, one.learning_rate) == key_of(point)]
+        key = key_of(point)
+        runs = [one for one in scored if (one.optimizer, one.learning_rate) == key]
         ones = [one for one in runs if one.run["stage"] == 1 and one.run["first"] == first]
         twos = [one for one in runs if one.run["stage"] == 2 and (one.run["first"], one.run["second"]) == (first, second)]
         ends = [max((run.record.get("steps") or 0) for run in group) for group in (ones, twos)]
@@ -222,9 +245,8 @@ def evaluation_figure(points: list[dict], scored: list[Scored], first: str, seco
                     for row in one.log:
                         if tag in row:
                             seen.setdefault(start + row["step"], []).append(100 * row[tag])
-            if seen:
-                axes.plot(sorted(seen), [np.mean(seen[step]) for step in sorted(seen)], color=colours[key], linewidth=0.9, alpha=0.8)
-            axes.plot([0, border, end], values, color=colours[key], linewidth=0 if seen else 1.8, zorder=3)
+            curve = {step: float(np.mean(found)) for step, found in seen.items()} | dict(zip((0, border, end), values, strict=True))
+            axes.plot(sorted(curve), [curve[step] for step in sorted(curve)], color=colours[key], linewidth=1.4, alpha=0.85, zorder=3)
             edge = {"markeredgecolor": "black", "markeredgewidth": 1.4} if point["chosen"] else {"markeredgecolor": "white"}
             axes.plot([0, border, end], values, "o", color=colours[key], markersize=7.5, zorder=4, clip_on=False, **edge)
             axes.axvline(border, color="#888888", linestyle=":", linewidth=1.1, zorder=1)

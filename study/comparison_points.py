@@ -65,13 +65,12 @@ def read_study(root: str | Path) -> list[Scored]:
             items = {file.stem: read_jsonl(file) for file in files if file.is_file()}
             for task, mine in items.items():
                 prompts = [item["prompt"] for item in mine]
-                where, others = seen.setdefault(task, (folder, prompts))
+                place, others = seen.setdefault(task, (folder, prompts))
                 if prompts != others:
-                    raise LetheError(f"{folder}/eval/{task}.jsonl holds other test items than {where}'s; delete it and score again")
+                    raise LetheError(f"{folder}/eval/{task}.jsonl holds other test items than {place}'s; delete it and score again")
             more = read_json(folder / "drift.json", {}), read_json(folder / "dev.json", {})
-            found.append(
-                Scored(seed, folder.relative_to(tree).as_posix(), records.get(folder, {}), items, read_jsonl(folder / "metrics.jsonl"), *more)
-            )
+            where, record, log = folder.relative_to(tree).as_posix(), records.get(folder, {}), read_jsonl(folder / "metrics.jsonl")
+            found.append(Scored(seed, where, record, items, log, *more))
     return found
 
 
@@ -83,8 +82,9 @@ def result_rows(scored: Iterable[Scored]) -> list[dict]:
                "optimizer": one.optimizer, "learning_rate": one.learning_rate}  # fmt: skip
         for task, items in one.items.items():
             found = summarise(items)
-            extra = [{**found[0], "metric": name, "value": value, "low": None, "high": None} for name, value in letter_scores(items).items()]
-            rows += [{**who, "task": task, **row, "seed": one.seed} for row in found + extra]
+            plain = {**found[0], "low": None, "high": None}
+            found += [{**plain, "metric": name, "value": value} for name, value in letter_scores(items).items()]
+            rows += [{**who, "task": task, **row, "seed": one.seed} for row in found]
     return rows
 
 

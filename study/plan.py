@@ -33,6 +33,12 @@ class Run:
         return self.second or self.first
 
 
+def title_of(run: Run) -> str:
+    """ "gsm8k > svamp  mask_highest": tasks, and the arm where there can be several."""
+    tasks, arm = " > ".join(filter(None, (run.first, run.second))), run.arm if run.changes else arm_label(run.arm)
+    return f"{tasks}  {arm}" if run.changes or run.second else tasks
+
+
 def nearest(word: str, known) -> str:
     """ "; did you mean X?" or the list of what is known, to be put behind an error."""
     known = list(known)

@@ -12,14 +12,15 @@ an error. In each case checkpoints and finished runs are kept, and the same comm
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from study.errors import LetheError
 from study.logging import say
@@ -195,15 +196,74 @@ class RunQueue:
         return self._ask(lambda: self.store.add(key, number))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        try:
-            return question()
-        except RuntimeError as error:
-            raise QueueError(
-                f"rank {self.rank}: the store of the queue is gone ({_line(error)}), and with it rank 0 or torchrun; "
-                "what is done is kept, and the same command goes on"
-            ) from error
+        return _asked(self.rank, question)
+
+
+def _asked(rank: int, question: Callable[[], Any]) -> Any:
+    """An answer of the store, or one line that says that it is gone."""
+    try:
+        return question()
+    except RuntimeError as error:
+        raise QueueError(
+            f"rank {rank}: the store of the queue is gone ({_line(error)}), and with it rank 0 or torchrun; "
+            "what is done is kept, and the same command goes on"
+        ) from error
 
 
 def _line(error: BaseException) -> str:
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, LetheError) else f"{type(error).__name__}: {text}"
+
+
+class Job(NamedTuple):
+    """One piece of a study's work: the training of a run, or its scoring."""
+
+    name: str
+    parents: list[str]  # jobs that come before it
+    done: bool  # as the study folder says
+    work: Callable[[], None]
+
+
+class Workers:
+    """The processes that share a study's runs, as one of them sees them; or, not shared, a process alone."""
+
+    def __init__(self, rank: int = 0, shared: bool = False):
+        self.rank = rank
+        self.store, self.hosts = open_store(rank) if shared else (None, False)
+        self.queue: RunQueue | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one worker that opens the study and reports on it."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def main_first(self, key: str) -> Iterator[None]:
+        """The main worker does the block before the others do: what it writes they find."""
+        while self.store is not None and not self.main and not _asked(self.rank, lambda: self.store.check([f"open/{key}"])):
+            time.sleep(0.2)
+        yield
+        if self.store is not None and self.main:
+            _asked(self.rank, lambda: self.store.set(f"open/{key}", "1"))
+
+    def do(self, key: str, jobs: list[Job]) -> None:
+        """Does all jobs that are not done: one after the other, or each by the worker that takes it. Returns when all are done."""
+        if self.store is None:
+            for job in jobs:
+                if not job.done:
+                    job.work()
+            return
+        from torch.distributed import PrefixStore
+
+        work, parents = {job.name: job.work for job in jobs}, {job.name: job.parents for job in jobs}
+        done = [job.name for job in jobs if job.done]
+        with RunQueue(PrefixStore(key, self.store), list(work), parents, done, self.rank, hosts=self.hosts) as self.queue:
+            while name := self.queue.take():
+                work[name]()
+                self.queue.finish(name)
+        self.queue = None
+
+    def check(self) -> None:
+        """Raises QueueError where another worker has taken over what this one is at."""
+        if self.queue is not None:
+            self.queue.check()

@@ -13,8 +13,8 @@ RATES = (
     "adamw or muon or both, each with learning rates above 0",
 )
 MEMORY = (
-    lambda v: bool(re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*([KMGT]i?B)?", v.strip(), re.I)),
-    "such as 6GiB, 500MB, or a number of GiB",
+    lambda v: bool(re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*(([KMGT]i?)?B)?", v.strip(), re.I)),
+    "an amount such as 6GiB or 500MB, or a number of GiB",
 )
 OUT = "out/{model}"
 DEVICE = (lambda v: v in ("auto", "cpu", "cuda") or v[:5] == "cuda:" and v[5:].isdecimal(), "auto, cpu, cuda or cuda:N")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import random_examples, raw_config, tiny_model, train_some, write_folder
 
-from benchmarks import common, contenders, loss, study, train_step
+from benchmarks import common, contenders, loss, muon, roofline, scale, study, train_step
 from benchmarks.ablations import full_logits, padded, plain_modules
 from benchmarks.make_random_llama import main
 from data.batching import Examples, collate
@@ -22,6 +22,7 @@ from lora.layers import lora_parameters
 from masking import score
 from model import llama, load_model, load_tokenizer
 from study.errors import LetheError
+from study.folder import write_json
 
 REPO = Path(__file__).parent.parent
 ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
@@ -222,7 +223,7 @@ def test_train_step_refuses():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# loss, study, gpu.sh
+# loss, study
 
 
 def test_losses_agree():
@@ -276,6 +277,155 @@ def test_study_command(tmp_path):
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# muon, scale
+
+
+def test_the_factors_of_a_model():
+    found = muon.factors_of(common.SHAPES["1b"], 16)
+    assert found == {"A_16x2048": (96, 16, 2048), "B_2048x16": (48, 2048, 16), "B_512x16": (32, 512, 16), "B_8192x16": (32, 8192, 16),
+                     "A_16x8192": (16, 16, 8192)}  # fmt: skip
+    assert sum(n for n, *_ in found.values()) == 224
+
+
+def test_muon_command(tmp_path):
+    text, result = command("muon.py", "--toy", "--device", "cpu", cwd=tmp_path)
+    assert result["factors"] == 28 and result["ratio"] == result["ratios"]["torch"]["median"] > 0
+    errors = result["max_relative_error"]
+    assert errors["ours"] < 1e-5 and errors["torch, float32"] < 1e-5 < errors["torch"] < 0.1
+    assert "torch, float32" in text and set(result["ms"]) == {"ours", "torch", "torch, float32", "adamw"}
+
+
+JOBS = [scale.Job("a", 4), scale.Job("b", 3), scale.Job("a_to_b", 2, "a"), scale.Job("b_to_a", 6, "b"), scale.Job("other", 1, "a")]
+
+
+def test_the_makespan_by_hand():
+    # Two workers. a 0-4, b 0-3; then b_to_a 3-9 beside a_to_b 4-6 and other 6-7.
+    assert scale.makespan(JOBS, 2) == 9 and scale.makespan(JOBS, 1) == 16
+    assert scale.least(JOBS, 2) == 9 and scale.least(JOBS, 1) == 16
+    # The longest first, where its parent is done: a, then b_to_a has to wait for b all the same.
+    assert [job.name for job in scale.longest_first(JOBS)] == ["b_to_a", "a", "b", "a_to_b", "other"]
+    assert scale.makespan(JOBS, 2, scale.Faults(start=10, around=1)) == 10 + 11  # b and b_to_a, one second before each
+    assert scale.makespan(JOBS, 2, scale.Faults(slow=1.0, slow_factor=3.0)) == 27
+    with pytest.raises(LetheError, match="wait for one another: a, b"):
+        scale.makespan([scale.Job("a", 1, "b"), scale.Job("b", 1, "a")], 2)
+
+
+def in_ticks(jobs: list[scale.Job], workers: int) -> int:
+    """The makespan of whole seconds, by walking through them."""
+    left, running, done, now = list(jobs), {}, set(), 0
+    while len(done) < len(jobs):
+        done |= {job.name for job, end in running.values() if end == now}
+        running = {worker: (job, end) for worker, (job, end) in running.items() if end > now}
+        for worker in range(workers):
+            ready = [job for job in left if job.parent is None or job.parent in done]
+            if worker not in running and ready:
+                left.remove(ready[0])
+                running[worker] = ready[0], now + int(ready[0].seconds)
+        now += 1
+    return now - 1
+
+
+def test_the_makespan_by_walking_through_it():
+    rng = np.random.default_rng(0)
+    for case in range(60):
+        parents = [scale.Job(f"p{i}", int(rng.integers(1, 9))) for i in range(rng.integers(1, 5))]
+        children = [scale.Job(f"c{i}", int(rng.integers(1, 9)), f"p{rng.integers(len(parents))}") for i in range(rng.integers(0, 9))]
+        jobs, workers = [*parents, *children], 1 + case % 4
+        for queue in (jobs, scale.longest_first(jobs)):
+            found = scale.makespan(queue, workers)
+            assert found == in_ticks(queue, workers) and found >= scale.least(jobs, workers) - 1e-9
+
+
+def test_a_worker_that_dies(monkeypatch):
+    class Scripted:
+        lifetimes: list[float] = []
+
+        def __init__(self, seed):
+            self.left = list(self.lifetimes)
+
+        def random(self):
+            return 1.0
+
+        def expovariate(self, rate):
+            return self.left.pop(0) if self.left else float("inf")
+
+    monkeypatch.setattr(scale.random, "Random", Scripted)
+    jobs, faults = [scale.Job("a", 100), scale.Job("b", 50)], scale.Faults(mtbf=1, save=30, timeout=10, restart=1000)
+    # The worker of a dies at 70 with 60 saved; the other, idle since 50, takes it over at 80.
+    Scripted.lifetimes = [70.0]
+    assert scale.makespan(jobs, 2, faults) == 80 + 40
+    # Alone, it is back at 70 + 1000 and does what is left, 40 and 50; with checkpoints too rare it has to begin anew.
+    assert scale.makespan(jobs, 1, faults) == 1070 + 90
+    assert scale.makespan(jobs, 1, scale.Faults(mtbf=1, save=80, timeout=10, restart=1000)) == 1070 + 150
+    # The idle worker dies at 55 and is not there when a is free; the first one is back before it.
+    Scripted.lifetimes = [70.0, 55.0]
+    assert scale.makespan(jobs, 2, scale.Faults(mtbf=1, save=30, timeout=10, restart=100)) == 155 + 40
+
+
+def test_faults_cost_time_and_more_workers_save_it():
+    jobs = scale.jobs_of_plan(tokens_per_s=1e4, arms=3)
+    assert len(jobs) == 65 and sum(job.parent is None for job in jobs) == 5
+    found = scale.simulate(jobs, [1, 4, 16], scale.Faults(slow=0.2, mtbf=2000), 20)
+    by = {(row["gpus"], row["order"]): row for row in found}
+    assert all(row["median"] >= row["without_faults"] >= row["least"] - 1e-6 and row["p95"] >= row["median"] for row in found)
+    for order in ("plan", "longest"):
+        assert by[1, order]["median"] > by[4, order]["median"] > by[16, order]["median"] and by[1, order]["efficiency"] <= 1
+    assert found == scale.simulate(jobs, [1, 4, 16], scale.Faults(slow=0.2, mtbf=2000), 20)
+
+
+def test_the_runs_of_a_study_and_of_a_file(tmp_path):
+    def run(folder, stage, parent, seconds, status="done"):
+        write_json(tmp_path / folder / "run.json", {"status": status, "seconds": seconds, "run": {
+            "stage": stage, "folder": folder.removeprefix("seed0/"), "parent": parent}})  # fmt: skip
+
+    run("seed0/a/a_to_b", 2, "lora_base/a", 2.5)
+    run("seed0/lora_base/a", 1, None, 4.0)
+    run("seed0/lora_base/b", 1, None, 4.0, status="running")
+    jobs = scale.jobs_of_study(tmp_path)
+    assert jobs == [scale.Job("seed0/lora_base/a", 4.0), scale.Job("seed0/a/a_to_b", 2.5, "seed0/lora_base/a")]
+    with pytest.raises(LetheError, match="no finished run"):
+        scale.jobs_of_study(tmp_path / "elsewhere")
+    write_json(tmp_path / "s.json", {"a": 3, "a_to_b": {"seconds": 2, "parent": "a"}})
+    assert scale.jobs_of_file(tmp_path / "s.json") == [scale.Job("a", 3), scale.Job("a_to_b", 2, "a")]
+    write_json(tmp_path / "s.json", {"a": "long"})
+    with pytest.raises(LetheError, match="a has no seconds"):
+        scale.jobs_of_file(tmp_path / "s.json")
+
+
+def test_the_arithmetic_of_models():
+    counts = {name: roofline.weights_of(shape, tied)[1] for name, (shape, tied) in roofline.MODELS.items()}
+    assert counts == {"1B": 1235814400, "3B": 3212749824, "8B": 8030261248, "70B": 70553706496}  # what the released files hold
+    machine = roofline.Machine(790e12, 1.0, 4.3e12, 139 * roofline.GIB, 0.35e12, 0.04e12)
+    work = roofline.Work(tokens=16384, length=256, loss_share=0.5, rank=16)
+    one = {method: roofline.needs(*roofline.MODELS["1B"], method, 1, False, work, machine) for method in roofline.METHODS}
+    # LoRA: 3.880 + 0.068 + 0.059 + 1.051 / 2 GFLOP a token (frozen linears, factors, attention, head)
+    assert one["LoRA"]["tokens_per_s"] == pytest.approx(790e12 / 4.53e9, rel=2e-3)
+    assert one["LoRA"]["state"] == pytest.approx(2 * 1235.8e6 + 18 * 11.27e6, rel=1e-3)
+    assert one["LoRA"]["activations"] == pytest.approx(16384 * 16 * 51.2e3, rel=1e-3)
+    assert one["full"]["state"] == 18 * counts["1B"]
+    assert one["LoRA NF4"]["state"] == pytest.approx(0.516 * 973.1e6 + 2 * 262.7e6 + 18 * 11.27e6 + 2 * 16.8e6, rel=1e-3)
+    shape, tied = roofline.MODELS["70B"]
+    found = [roofline.needs(shape, tied, "full", gpus, True, work, machine) for gpus in (2, 8, 16)]
+    assert found[0]["memory"] > found[1]["memory"] > machine.memory > found[2]["memory"]
+
+
+def test_scale_command(tmp_path, capsys):
+    text, result = command("scale.py", "--toy", "--gpus", "1,4", cwd=tmp_path)
+    assert result["runs"] == 65 and [row["gpus"] for row in result["makespans"]] == [1, 1, 4, 4] and len(result["plans"]) == 24
+    assert "4 GPUs" in text and "needs 158* GiB" in text
+
+    assert scale.main(["--toy", "--gpus", "1", "--tokens_per_s", "1000", "--mtbf", "0", "--slow", "0"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["makespans"][0]["median"] == pytest.approx(result["seconds"] + 20 + 2 * 65)
+    for words, message in ((["--gpus", "0"], "must be above 0"), (["--mtbf", "0.001"], "die faster than they are saved")):
+        assert scale.main(words) == 2 and message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gpu.sh, and the other shell script
+
+
 @pytest.mark.parametrize("broken", [None, "loss"])
 def test_the_suite_goes_on_after_a_failure(tmp_path, broken):
     python = tmp_path / "python"
@@ -293,3 +443,33 @@ echo '{{"from": "'"$*"'"}}'
     assert (tmp_path / "out" / "loss.txt").is_file()
     assert ("failed: loss" in done.stdout) == (broken is not None)
     assert json.loads((tmp_path / "out" / "decode.json").read_text())["from"].endswith("decode.py --toy")
+
+
+@pytest.mark.parametrize("mode", ["data", "model", "runs"])
+def test_the_slurm_example_starts_what_it_says(tmp_path, mode):
+    """Under a srun that runs a single task here, a torchrun and a python that print what they are given."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    stubs = {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'while [ "${1#--}" != "$1" ]; do case $1 in *=*) shift;; *) options="$options $1 $2"; shift 2;; esac; done\n'
+        'echo "srun$options"; SLURM_PROCID=3 SLURM_NTASKS=16 exec "$@"',
+        "torchrun": 'echo torchrun "$@"',
+        "python": 'echo "python $@: $RANK of $WORLD_SIZE, $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT"',
+    }
+    for name, text in stubs.items():
+        (bin / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "20005", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_NODELIST": "x"}
+    environment = {**os.environ, **job, "PATH": f"{bin}:{os.environ['PATH']}", "MODE": mode}
+    command = ["bash", REPO / "configs" / "slurm.sh", "--out", "my study"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    asked, said = done.stdout.splitlines()
+    if mode == "runs":
+        assert asked == "srun --ntasks 16 --ntasks-per-node 8 --gpus-per-task 1 --cpus-per-task 8"
+        assert said == "python train.py --shard runs --out my study: 3 of 16, 0, node7:20005"
+    else:
+        assert asked == "srun --cpus-per-task 64"
+        assert said.startswith("torchrun --nnodes 2 --nproc-per-node 8 ") and "--rdzv-endpoint node7:20005" in said
+        assert said.endswith("train.py --full --shard model --out my study" if mode == "model" else "train.py --out my study")
+    assert subprocess.run(command, env={**environment, "MODE": "all"}, cwd=tmp_path, capture_output=True).returncode == 2

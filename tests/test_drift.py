@@ -39,6 +39,16 @@ def test_drift_against_dense_svd(tmp_path, changes):
         assert values == pytest.approx(expected([name for name in dense if name.endswith(kind)]), rel=1e-5)
 
 
+def test_a_quantised_base_has_its_own_size(tmp_path):
+    plain, small = adapted(tmp_path), load_model(tmp_path / "m", quantize="int8")
+    add_lora(small, 4, 6.0)
+    for name, stack in plain.adapter.stacks.items():
+        small.adapter.stacks[name].data.copy_(stack.data)
+    ours, theirs = drift(small), drift(plain)
+    assert ours["frobenius"] == theirs["frobenius"] and ours["relative_frobenius"] == pytest.approx(theirs["relative_frobenius"], rel=1e-3)
+    assert ours["kinds"]["k_proj"]["relative_frobenius"] == pytest.approx(theirs["kinds"]["k_proj"]["relative_frobenius"], rel=2e-3)
+
+
 def test_a_fresh_adapter_has_not_moved(tmp_path):
     model = tiny_model(tmp_path / "m")
     with pytest.raises(ValueError, match="no adapter"):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_examples, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batching import collate
 from lora import add_lora
@@ -240,6 +241,31 @@ def test_matrices_of_a_shape_meet_in_one_batch():
     ]  # fmt: skip
 
 
+def test_work_is_launched_for_batches_and_not_for_matrices(monkeypatch):
+    """The five stacks of a Llama's factors, however many layers there are: as many kernels as torch's loop needs for three matrices."""
+    shapes = {"A": (24, 4, 64), "wide A": (4, 4, 96), "k B": (8, 32, 4), "q B": (12, 64, 4), "up B": (8, 96, 4)}
+
+    class Count(TorchDispatchMode):
+        kernels = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.kernels += function.namespace == "aten" and not function.is_view and "view" not in function.name()
+            return function(*args, **(kwargs or {}))
+
+    def kernels_of(layers):
+        parameters = [nn.Parameter(torch.zeros(n * layers, rows, cols)) for n, rows, cols in shapes.values()]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        optimizer = Muon(parameters)
+        optimizer.step()
+        with Count() as count:
+            optimizer.step()
+        return count.kernels
+
+    monkeypatch.setattr(muon, "BATCH_CPU", muon.BATCH_CUDA)
+    assert kernels_of(1) == kernels_of(4) < 60
+
+
 @pytest.mark.parametrize("scale", muon.SCALES)
 def test_scale_and_transposition(scale):
     for shape in ((2, 8, 40), (2, 8, 12)):
@@ -343,7 +369,8 @@ def named(shapes):
 LORA = {"stacks.A_4x64": (6, 4, 64), "stacks.B_32x4": (4, 32, 4), "stacks.A_4x96": (2, 4, 96)}
 WHOLE = {
     "model.embed_tokens.weight": (97, 64), "model.layers.0.self_attn.q_proj.weight": (64, 64),
-    "model.layers.0.mlp.up_proj.weight": (96, 64), "model.layers.0.input_layernorm.weight": (64,), "model.layers.1.self_attn.q_proj.weight": (64, 64), "model.norm.weight": (64,),
+    "model.layers.0.mlp.up_proj.weight": (96, 64),
+    "model.layers.0.input_layernorm.weight": (64,), "model.layers.1.self_attn.q_proj.weight": (64, 64), "model.norm.weight": (64,),
     "lm_head.weight": (97, 64),
 }  # fmt: skip
 

@@ -124,5 +124,7 @@ def test_items_of_several_seeds_are_clusters():
     assert apart["difference"] == 0.25 and apart["by_seed"] == [0.5, 0.0] and apart["seed_low"] < 0 < apart["seed_high"]
     losses = compare_items([0.5, 1.0, 2.0], [0.25, 0.5, 1.75])
     assert math.isnan(losses["p"]) and losses["difference"] == pytest.approx(-1 / 3) and losses["p_bootstrap"] < 0.01
+    never = compare_items([[1, 0] * 10] * 2, [[1, 0] * 10] * 2)  # no item changed: that is not certainty
+    assert (never["difference"], never["p"]) == (0, 1) and never["high"] == wilson_interval(0, 20)[1] == -never["low"] > 0.1
     with pytest.raises(ValueError, match="same seeds and items"):
         compare_items([a], [b, b])
