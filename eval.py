@@ -72,14 +72,14 @@ def score_task(
 ) -> list[dict]:  # fmt: skip
     """One dict per test item: prompt, output, extracted, gold, exact_match and the other scores, answer_nll, group.
 
-    Greedy decoding with the adapter merged into scratch weights, or beside them without merge. answer_nll: mean nll of the
-    reference answer's tokens (its end token included), in nats. decoder: see model.generate.
+    Greedy decoding with the adapter merged into scratch weights; without merge and on a quantised base, beside them. answer_nll:
+    mean nll of the reference answer's tokens (its end token included), in nats. decoder: see model.generate.
     """
     records = task.test[:max_test]
     prompts, answers = as_ids(tokenizer, records, max_length)
     new, stops = max_new_tokens or task.max_new_tokens, tokenizer.stop_ids
     with (
-        merged(model) if merge else nullcontext(),
+        merged(model) if merge and not model.quantized else nullcontext(),
         progress(len(records), f"score {task.name}", "items", enabled=not quiet) as bar,
     ):
         outputs, losses = generate_and_score(model, prompts, answers, new, stops, batch_size, bar.update, decoder)
@@ -284,7 +284,8 @@ def evaluate_study(arguments: EvalConfig) -> None:
             if task.fingerprint != record["identity"]["data"].get(name):
                 raise LetheError(f"the data of {name} changed since this study was trained; restore it, or train anew with another --out")
         dtype = arguments.dtype if arguments.dtype != "auto" else config.dtype
-        subject = load_subject(record["model"], arguments.device, dtype, config.template)
+        memory = arguments.max_memory or config.max_memory
+        subject = load_subject(record["model"], arguments.device, dtype, config.template, config.quantize, memory)
         if subject.model.fingerprint != record["identity"]["model"]:
             raise LetheError(f"{record['model']} is not the model that this study was trained on; its weights have changed")
         print(subject.about)
@@ -295,7 +296,9 @@ def evaluate_study(arguments: EvalConfig) -> None:
 
 def evaluate_model(arguments: EvalConfig) -> None:
     """Any model, with or without an adapter, on any tasks."""
-    subject = load_subject(arguments.model, arguments.device, arguments.dtype, arguments.template)
+    subject = load_subject(
+        arguments.model, arguments.device, arguments.dtype, arguments.template, arguments.quantize, arguments.max_memory
+    )
     tasks = choose_tasks(arguments.tasks or arguments.datasets, arguments.data_root, arguments.model == "nano")
     print(subject.about)
     if arguments.adapter:

@@ -42,13 +42,14 @@ from optim.masters import collect_gradients, write_back
 from optim.parallel import ALONE, Ranks, device_of, environment, start
 from optim.partition import optimizers_of, partition_lines
 from optim.schedule import lr_factor
-from study.config import Config, OptimizerConfig, StageConfig, changed, config_text, parse, parse_seeds, stage_config
+from study.config import changed, config_text, parse, parse_seeds, stage_config
 from study.errors import LetheError, is_out_of_memory, run_command
 from study.folder import StudyFolder, expand_out, is_done, open_study, read_json, seed_folders, write_json
 from study.identity import identity_of
 from study.logging import RunLog, memory_gib, progress, say
 from study.plan import Run, title_of
 from study.queue import Job, Workers
+from study.settings import Config, OptimizerConfig, StageConfig
 from study.signals import Interrupted, stop_on_signal
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,7 +412,8 @@ def run_study(config: Config, argv: list[str]) -> None:
     involved = {name for run in runs for name in (run.first, run.second)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name)
-    subject = load_subject(config.model.name, config.device if ranks.device is None else str(ranks.device), config.dtype, config.template)
+    subject = load_subject(config.model.name, config.device if ranks.device is None else str(ranks.device), config.dtype, config.template,
+                           config.quantize, config.max_memory)  # fmt: skip
     tell(subject.about)
     # What "auto" turned out to be is part of the study: another machine must not mix its own choice in.
     resolved = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)

@@ -42,6 +42,7 @@ else
 fi
 step train_step 250 "$PYTHON" benchmarks/train_step.py "${train[@]}"
 step loss 60 "$PYTHON" benchmarks/loss.py "${toy[@]}"
+step muon 30 "$PYTHON" benchmarks/muon.py "${toy[@]}"
 step decode 100 "$PYTHON" benchmarks/decode.py "${shape[@]}"
 for name in layers low_rank decode_attention; do
     [ -f "benchmarks/$name.py" ] && step "$name" 20 "$PYTHON" "benchmarks/$name.py" "${toy[@]}"

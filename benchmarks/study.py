@@ -96,10 +96,10 @@ class Clock:
 def run_parts(flags: list[str]) -> dict:
     """Runs the study that the flags describe in a temporary folder."""
     clock = Clock()
-    clock.wrap("load", evaluation, "load_subject")
+    clock.wrap("load", train, "load_subject")
     clock.wrap("runs", train, "train_run")
     clock.wrap("perplexities", train.Bench, "scores")
-    clock.wrap("scoring", evaluation, "score_study")
+    clock.wrap("scoring", evaluation, "score_run")
     clock.wrap("tables and pictures", evaluation, "report")
     with tempfile.TemporaryDirectory(prefix="lethe_bench_") as folder:
         began = time.perf_counter()

@@ -190,13 +190,13 @@ def read_marks(file: Path) -> tuple[list[str], dict[str, list[float]]]:
 
 
 def toy_model(folder: Path) -> Path:
-    """A Llama of two narrow layers with random weights and the built-in tokenizer."""
+    """A Llama of one narrow layer with random weights and the built-in tokenizer."""
     from benchmarks.common import Shape
     from benchmarks.make_random_llama import make
     from model.checkpoint import NANO
 
     source = folder / "source"
-    write_json(source / "config.json", {**Shape(32, 64, 2, 2, 1, 16, 2048).raw(), "initializer_range": 0.15})
+    write_json(source / "config.json", {**Shape(32, 64, 1, 2, 1, 16, 2048).raw(), "initializer_range": 0.15})
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         shutil.copyfile(NANO / name, source / name)
     make(source, folder / "toy")
@@ -210,7 +210,8 @@ def toy_model(folder: Path) -> Path:
 def outcome(out: Path) -> dict[str, object]:
     """Everything a study leaves that may not depend on how often it was killed."""
     found: dict[str, object] = {}
-    for pattern in ("adapter_model.safetensors", "adapter_config.json", "eval/*.jsonl", "eval_results*.json", "perplexity/*.safetensors"):
+    weights = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors")
+    for pattern in (*weights, "eval/*.jsonl", "eval_results*.json", "perplexity/*.safetensors"):
         for file in out.rglob(pattern):
             if "checkpoints" not in file.parts:
                 found[str(file.relative_to(out))] = file.read_bytes()

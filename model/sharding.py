@@ -67,6 +67,7 @@ def shard(model: Llama, ranks: Ranks, dtype: torch.dtype) -> None:
         layer.self_attn.apart = layer.mlp.apart = True  # joined weights would outlive the gathered ones
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.computes_in = dtype
     register_fsdp_forward_method(model, "nll")
     model.nll = _scoring_too(model, model.nll)
     for module in model.modules():

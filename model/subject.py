@@ -9,6 +9,8 @@ import torch
 from model.attention import kernels_in_use
 from model.checkpoint import load_model
 from model.llama import Llama
+from model.offload import parse_memory, stream_layers, told
+from model.quantized import base_size
 from model.tokenizer import Tokenizer, load_tokenizer
 from study.errors import LetheError
 
@@ -20,11 +22,16 @@ class Subject:
     name: str
     model: Llama
     tokenizer: Tokenizer
-    about: str  # two lines: shape, device and dtype; which kernels run
+    about: str  # three lines: shape, device and dtype; memory of the weights; which kernels run
 
 
-def load_subject(name: str, device: str = "auto", dtype: str = "auto", template: str = "auto") -> Subject:
-    """Loads model and tokenizer. auto: CUDA where there is one; bfloat16 there (float16 on older ones), float32 on CPU."""
+def load_subject(
+    name: str, device: str = "auto", dtype: str = "auto", template: str = "auto", quantize: str = "none", max_memory: str | None = None
+) -> Subject:
+    """Loads model and tokenizer. auto: CUDA where there is one; bfloat16 there (float16 on older ones), float32 on CPU.
+
+    quantize: see model.quantized. max_memory: layers beyond it stay on the host, see model.offload.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -38,11 +45,13 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto", template:
         else:
             dtype, why = "float16", f"{torch.cuda.get_device_name()} has no bfloat16"
     tokenizer = load_tokenizer(name, template)
-    model = load_model(name, getattr(torch, dtype), device)
+    model = load_model(name, getattr(torch, dtype), "cpu" if max_memory else device, quantize)
+    where = stream_layers(model, device, parse_memory(max_memory)) if max_memory else ""
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"its tokenizer has {tokenizer.vocab_size} tokens, its model only {model.config.vocab_size}"
         raise LetheError(f"{name}: {sizes}; they do not belong together")
-    size = sum(p.numel() for p in model.parameters())
-    about = f"{name}: {size / 1e6:.2f} M parameters, {device}, {dtype} ({why}), template {tokenizer.template}"
+    count, size = base_size(model)
+    about = f"{name}: {count / 1e6:.2f} M parameters, {device}, {dtype} ({why}), template {tokenizer.template}"
+    about += f"\n{where or f'weights    {told(size)}'}" + (f", the layers' linears in {quantize}" if quantize != "none" else "")
     about += f"\nkernels    {kernels_in_use(model)}"
     return Subject(name, model, tokenizer, about)

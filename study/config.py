@@ -15,7 +15,6 @@ from study.flags import CONFIGS, build, help_text, load_yaml, read_flags, read_t
 from study.plan import nearest
 from study.seed_words import is_seed_style, translate
 from study.settings import OPTIMIZERS, OUT, Config, EvalConfig, StageConfig
-from study.settings import OptimizerConfig as OptimizerConfig
 
 TRAIN_EXAMPLES = """\
 Fine-tune a Llama on one task after another and see what it forgets.

@@ -151,6 +151,8 @@ class EvalConfig:
     device: str = opt("auto", "auto | cpu | cuda | cuda:N", DEVICE)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "compute type")
     template: Literal["auto", "llama3", "llama3-bare", "plain"] = opt("auto", "prompt template")
+    quantize: Literal["none", "nf4", "int8"] = opt("none", "with --model: the linears of the base in 4 or 8 bits")
+    max_memory: str | None = opt(None, "6GiB: layers of the base beyond this wait in host memory", MEMORY)
     out: str | None = opt(None, "where the results of --model go", SOME_TEXT)
     replot: bool = opt(False, "draw again from the stored results, score nothing")
     no_merge: bool = opt(False, "with --adapter: score once more with the adapter beside the weights, and say what differs")

@@ -165,7 +165,7 @@ def test_an_ablation_computes_the_same(tmp_path, monkeypatch, ablation):
         return [nll.detach(), *torch.autograd.grad(nll.sum(), lora_parameters(model))]
 
     expected = loss_and_gradients()
-    for module, name in ((score, "linear_nll"), (llama, "linear"), (llama, "norm_linear"), (llama, "swiglu_linear")):
+    for module, name in ((llama, "linear_nll"), (llama, "linear"), (llama, "norm_linear"), (llama, "swiglu_linear")):
         monkeypatch.setattr(module, name, getattr(module, name))  # is put back afterwards
     ablation()
     for found, other in zip(loss_and_gradients(), expected, strict=True):

@@ -77,13 +77,15 @@ def test_what_is_compared(whole, undisturbed):
 
 
 # In the order in which a study comes to them: between forward and backward; in a save with the adapter written, with the tensors
-# written, before pruning; while going on; in an optimizer step; behind the last step; with the adapter written but not run.json; and so on.
+# written, before pruning; while going on, twice; in an optimizer step; behind the last step; with the adapter written but not
+# run.json; and so on.
 PLACES = [
     Place("train:micro_nll", 5, leaving=True),
     Place("lora.resume:save_state", 2, leaving=True),
     Place("model.snapshot:write_tensors", 1, leaving=True),
     Place("lora.resume:prune", 1),
     Place("lora.resume:restore_rng", 1),
+    Place("study.logging:append_jsonl", 1),
     Place("train:write_back", 1),
     Place("train:save_state", 1),
     Place("train:save_state", 1, leaving=True),
@@ -124,6 +126,18 @@ def forget_moments():
     import lora.resume
 
     lora.resume.unpack = lambda *_: None
+
+
+@pytest.mark.parametrize(
+    "more", [("--optimizer", "muon"), ("--full", "--dtype", "bfloat16"), ("--dtype", "float16")], ids=lambda more: more[-1]
+)
+def test_other_ways_to_train(bench, tmp_path, more):
+    """Muon's momentum, the float32 masters of full fine-tuning, the loss scale of float16: all of it comes back."""
+    study = (*ONE_RUN, *more)
+    assert bench.start(tmp_path / "whole", study=study).status == 0
+    killed(bench, tmp_path / "cut", Place("step", 8, leaving=True), study)
+    told = finish(bench, tmp_path / "cut", outcome(tmp_path / "whole"), study).output
+    assert "after step 6 of 12" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -212,8 +226,8 @@ def test_nan_names_step_and_examples_and_is_not_saved(bench, one_run, tmp_path, 
 
 
 def starve():
-    """No file of this process may grow beyond 100 kB: an adapter fits (66 kB), a checkpoint's tensors do not."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    """No file of this process may grow beyond 60 kB: an adapter fits (33 kB), a checkpoint's tensors do not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_done(bench, one_run, tmp_path):
