@@ -38,7 +38,7 @@ PHASES = {
     "report": "eval:report",
 }
 TASKS = ("mini_svamp", "mini_simpleqa")
-SETTINGS = ["--max_train", "32", "--max_test", "6", "--epochs", "3", "--batch_size", "8", "--gradient_accumulation", "1",
+SETTINGS = ["--max_train", "32", "--max_test", "4", "--epochs", "3", "--batch_size", "8", "--gradient_accumulation", "1",
             "--max_length", "256", "--max_new_tokens", "8", "--learning_rate", "1e-2", "--log_steps", "2", "--save_steps", "3",
             "--keep", "2", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
 STUDY = ("--datasets", ",".join(TASKS), "--pairs", ":".join(TASKS), "--mask", "none,bottom10", *SETTINGS)  # four runs

@@ -17,6 +17,7 @@ from model.checkpoint import open_safetensors, read_json, write_tensors
 from model.llama import Llama
 from study.errors import LetheError
 from study.folder import write_json
+from study.logging import say
 
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model
 
@@ -92,7 +93,10 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float | None = None)
     shapes = _expected_shapes(model, config, config_file)
     with open_safetensors(file) as tensors:
         made_for = (tensors.metadata() or {}).get("base_fingerprint", "")
-        if made_for and model.fingerprint and made_for != model.fingerprint:
+        weights, _, kind = made_for.partition(":")  # a quantised base's fingerprint ends in its kind
+        if made_for and made_for != model.fingerprint and weights == model.fingerprint.partition(":")[0]:
+            say(f"{file} was trained on this base in {kind or 'full'}; here it is in {model.quantized or 'full'}: scores will differ a little")
+        elif made_for and model.fingerprint and made_for != model.fingerprint:
             raise LetheError(
                 f"{file} was trained on another base (fingerprint {made_for}, base {config.get('base_model_name_or_path') or 'unnamed'}); "
                 f"this model's is {model.fingerprint}. Give the --model it was trained on"

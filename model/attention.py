@@ -57,6 +57,7 @@ def kernels_in_use(model: nn.Module) -> str:
     """One line on which code computes: there is no other path that a setting could switch to unseen."""
     kind = {"varlen": "torch's varlen_attn over the pack", "per example": "torch's SDPA, example by example"}
     rest = "Triton" if use_triton(model.head_weight) else "PyTorch"
+    rest += "" if model.captures or model.device.type != "cuda" else ", without CUDA graphs"
     return f"attention by {kind[attention_kind(model.device, model.dtype)]}; loss, norm, rotary, SwiGLU, LoRA dropout, decoding by {rest}"
 
 

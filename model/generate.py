@@ -67,7 +67,7 @@ class Decoder:
             raise ValueError(f"at least one sequence at a time, not {slots}")
         self.model, self.slots = model, slots
         self.cache: KVCache | None = None
-        self.captures = model.device.type == "cuda"
+        self.captures = model.captures
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by how many slots they compute
         self.captured: tuple = ()  # the adapter and the weights' addresses that the graphs know
 

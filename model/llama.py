@@ -173,6 +173,11 @@ class Llama(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
+    @property
+    def captures(self) -> bool:
+        """Whether a decoding step can be a CUDA graph: it would replay a streamed layer's copy out of turn, and nf4 is not known to do."""
+        return self.device.type == "cuda" and self.stream is None and self.quantized != "nf4"
+
     def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
         """Normal weights for training from scratch; the two projections into the residual stream shrink with depth."""
         for name, parameter in self.named_parameters():

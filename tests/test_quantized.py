@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from tiny import raw_config, train_some, write_folder
 
+from kernels.dropout import Span
 from kernels.linear import Addition, Joined, linear, norm_linear, swiglu_linear
 from lora import add_lora, load_adapter, merge_adapter, save_adapter
 from lora.layers import lora_parameters, merged
 from model import generate, load_model
-from model.checkpoint import save_weights
+from model.checkpoint import read_json, save_weights
 from model.quantized import Packed, Rows, base_size, pack
 from study.errors import LetheError
 
@@ -88,7 +89,6 @@ def test_gradients_equal_a_plain_graph_over_the_librarys_weights(kind, before):
     dense = torch.cat([own_dense(weight, kind) for weight in weights])
     scale, columns, salts = 0.5, [(0, 64), (96, 144)], [(0, 4, 1), (4, 8, 2)]
     shapes = [(4, 64), (64, 4), (4, 64), (48, 4)]
-    from kernels.dropout import Span
 
     def leaves():
         generator = torch.Generator().manual_seed(1)
@@ -135,8 +135,6 @@ def dequantised(folder, out, kind):
     for name in weights:
         if "_proj.weight" in name:
             weights[name] = own_dense(weights[name], kind)
-    from model.checkpoint import read_json
-
     return write_folder(out, read_json(folder / "config.json"), weights=weights)
 
 
@@ -169,14 +167,14 @@ def test_the_model_is_the_plain_one_with_rounded_weights(tmp_path, kind, biases)
 
 
 def test_nf4_equals_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+    from bitsandbytes.nn import Linear4bit
+
     folder = folder_of(tmp_path, num_hidden_layers=1)
     wanted = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
     )
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=wanted, device_map="cpu")
-    from bitsandbytes.nn import Linear4bit
-
     ours = load_model(folder, quantize="nf4")
     found = {name: m for name, m in theirs.named_modules() if isinstance(m, Linear4bit)}
     assert len(found) == 7
@@ -285,3 +283,20 @@ def test_compute_dtype_is_the_models(tmp_path, kind, device):
     torch.testing.assert_close(loss.cpu(), exact(IDS).square().mean(), rtol=0.1, atol=0)
     rows = model.model.layers[0].self_attn.elsewhere["qkv"]
     assert isinstance(rows.parts[0], Packed) and rows.dense().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("trained", "used"), [("none", "int8"), ("int8", "none"), ("int8", "nf4")])
+def test_an_adapter_crosses_between_forms_of_its_base_and_says_so(tmp_path, capfd, trained, used):
+    folder = write_folder(tmp_path / "model")
+    first = load_model(folder, quantize=trained)
+    add_lora(first, 4, 8.0)
+    train_some(first)
+    save_adapter(first, tmp_path / "adapter")
+    load_adapter(load_model(folder, quantize=trained), tmp_path / "adapter")
+    assert "trained on this base" not in capfd.readouterr().err
+    load_adapter(load_model(folder, quantize=used), tmp_path / "adapter")
+    told = {"none": "full"}
+    said = f"was trained on this base in {told.get(trained, trained)}; here it is in {told.get(used, used)}"
+    assert said in capfd.readouterr().err.replace("\n", " ")
+    with pytest.raises(LetheError, match="another base"):
+        load_adapter(load_model(write_folder(tmp_path / "other", seed=1), quantize=used), tmp_path / "adapter")
