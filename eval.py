@@ -134,15 +134,16 @@ def cell_file(tree: Path, run: Run | None, task: str) -> Path:
 def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, Task], only: set[str] | None = None) -> int:
     """Scores every cell that has no file yet: the base and stage 1 on every task, stage 2 on its two. Returns how many."""
     runs = [run for run in trained_runs(tree) if {run.first, run.second or run.first} <= set(tasks)]
-    cells = {run: missing(tree, run, names) for run, names in cells_by_run(runs, list(tasks), only).items()}
-    todo = [run for run, names in cells.items() if names]
+    cells = cells_by_run(runs, list(tasks), only)
+    todo = [run for run, names in cells.items() if unscored(tree, run, names)]
+    count = sum(len(missing(tree, run, names)) for run, names in cells.items())
     decoder = Decoder(subject.model, config.evaluation.batch_size)  # one cache for all cells
     for number, run in enumerate(todo, 1):
         header = "" if number > 1 else SCORING
         label = f"{number:3d}/{len(todo)} {run.folder if run else 'base':36s}"
         score_run(tree, config, subject, tasks, run, cells[run], label, decoder, header)
     put_on(subject.model, None)
-    return sum(map(len, cells.values()))
+    return count
 
 
 SCORING = "exact match after each run, on the tasks it concerns"
@@ -156,6 +157,10 @@ def cells_by_run(runs: list[Run], tasks: list[str], only: set[str] | None = None
 
 def missing(tree: Path, run: Run | None, names: list[str]) -> list[str]:
     return [name for name in names if not cell_file(tree, run, name).is_file()]
+
+
+def unscored(tree: Path, run: Run | None, names: list[str]) -> bool:
+    return bool(missing(tree, run, names)) or run is not None and bool(run.changes) and not (tree / run.folder / "dev.json").is_file()
 
 
 def score_run(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,12 +38,13 @@ from model.attention import Pack
 from model.checkpoint import find_model
 from model.generate import Decoder
 from model.llama import Llama
-from model.subject import load_subject
+from model.sharding import check_optimizers, gathered, idle_pass, is_sharded, load_sharded
+from model.subject import load_subject, resolve
 from optim.masters import collect_gradients, write_back
-from optim.parallel import ALONE, Ranks, device_of, environment, start
+from optim.parallel import ALONE, RankLost, Ranks, device_of, environment, start
 from optim.partition import optimizers_of, partition_lines
 from optim.schedule import lr_factor
-from study.config import changed, config_text, parse, parse_seeds, stage_config
+from study.config import changed, config_text, optimizer_arms, parse, parse_seeds, stage_config
 from study.errors import LetheError, is_out_of_memory, run_command
 from study.folder import StudyFolder, expand_out, is_done, open_study, read_json, seed_folders, write_json
 from study.identity import identity_of
@@ -71,13 +73,14 @@ class Step:
 
     @property
     def loss(self) -> float:
-        """The weighted mean nll of the kept completion tokens, in nats. Raises LetheError where it is not finite."""
+        """The weighted mean nll of the kept completion tokens, in nats. Raises LetheError where it or the gradient is not finite."""
         loss = float(self.readings[0])
-        if not math.isfinite(loss):
-            raise LetheError(
-                f"the loss is {loss} at step {self.number} (examples {self.examples[:8]} …); "
-                "lower --learning_rate, or with --dtype float16 use bfloat16 or float32"
-            )
+        for name, value in (("loss", loss), ("gradient's norm", self.grad_norm if self.outcome == "stepped" else 0.0)):
+            if not math.isfinite(value):
+                raise LetheError(
+                    f"the {name} is {value} at step {self.number} (examples {self.examples[:8]} …); "
+                    "lower --learning_rate, or with --dtype float16 use bfloat16 or float32"
+                )
         return loss
 
     @property
@@ -113,6 +116,7 @@ def fit(
     """
     parameters, masters, optimizers, scaler = learner.parameters, learner.masters, learner.optimizers, learner.scaler
     model.train()
+    sharded = is_sharded(model)  # then gradients come summed and cut, and no rank can take a pass again by itself
     for number in range(start, total_steps):
         factor = lr_factor(number, total_steps, warmup, schedule, floor)
         for optimizer, rates in zip(optimizers, learner.peaks, strict=True):
@@ -126,9 +130,10 @@ def fit(
         sums = None
         while sums is None:
             try:
-                sums = forward_backward(model, micros, lambda loss: scaler.scale(loss / count).backward(), online_weights, (seed, number))  # noqa: B023
+                backward = lambda loss, scale=scaler.scale, count=count: scale(loss / count).backward()  # noqa: E731
+                sums = forward_backward(model, micros, backward, online_weights, (seed, number), ranks)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or all(len(micro.lengths) == 1 for micro in micros):
+                if sharded or not is_out_of_memory(error) or all(len(micro.lengths) == 1 for micro in micros):
                     raise
             if sums is None:  # beyond the except, so that nothing holds the failed pass
                 micro_tokens = smaller_passes(model, parameters, micros, number)
@@ -138,7 +143,7 @@ def fit(
         loss_sum, (weight_sum, kept) = sums[0], ranks.totals(*sums[1:])
         denominator = weight_sum if normalize == "kept" else count
         collect_gradients(parameters, masters)
-        ranks.sum_(masters, loss_sum)
+        ranks.sum_([] if sharded else masters, loss_sum)
         outcome, grad_norm = "stepped", torch.zeros((), device=model.device)
         if weight_sum == 0:
             outcome = "skipped"
@@ -148,7 +153,8 @@ def fit(
             for master in masters:
                 if master.grad is not None:
                     master.grad.mul_(count / denominator)
-            grad_norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm or float("inf"))
+            clip_ = ranks.clip_ if sharded else torch.nn.utils.clip_grad_norm_
+            grad_norm = clip_(masters, max_grad_norm or float("inf"))
             scale = scaler.get_scale()
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -162,13 +168,18 @@ def fit(
 
 
 def forward_backward(
-    model: Llama, micros: list[Micro], backward: Callable[[Tensor], None], online_weights: Callable | None, key: tuple[int, int]
+    model: Llama,
+    micros: list[Micro],
+    backward: Callable[[Tensor], None],
+    online_weights: Callable | None,
+    key: tuple[int, int],
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, float, int]:
     """One forward and backward pass a micro-batch -> (sum of w * nll, on the device), sum of w, how many w are above 0."""
     loss_sum, weight_sum, kept = torch.zeros((), dtype=torch.float64, device=model.device), 0.0, 0
+    micros = [micro for micro in micros if len(micro.rows)]  # of the others the mask has dropped every token
+    idle = int(ranks.most(len(micros))) - len(micros) if is_sharded(model) else 0
     for micro in micros:
-        if not len(micro.rows):  # the mask has dropped every token of it
-            continue
         micro = micro.to(model.device)
         sight = Pack(micro.lengths, model.config, model.device)
         nll = micro_nll(model, micro, sight, dropout_keys(*key, micro.examples, sight.positions))  # (n,)
@@ -181,6 +192,8 @@ def forward_backward(
         weighted = (nll * weights).sum()
         backward(weighted)
         loss_sum += weighted.detach()
+    for _ in range(idle):
+        idle_pass(model)
     return loss_sum, weight_sum, kept
 
 
@@ -243,7 +256,7 @@ def settings_of(bench: Bench, run: Run) -> tuple[StageConfig, int | None, Optimi
 
 def begin(bench: Bench, run: Run) -> list[tuple[str, nn.Parameter]]:
     """Puts on the model what the run starts from, and returns what it trains: the factors of its adapter, or every weight."""
-    config, model = bench.config, bench.subject.model
+    config, model = bench.config, bench.trained
     parent = None if run.parent is None else bench.study.dir(run.parent)
     if config.full:
         put_on(model, parent)
@@ -261,7 +274,7 @@ def begin(bench: Bench, run: Run) -> list[tuple[str, nn.Parameter]]:
 
 def train_run(bench: Bench, run: Run, label: str) -> None:
     """Trains one run from its newest checkpoint on, and writes what it leaves, its log and, last, its manifest run.json."""
-    config, model, folder, ranks = bench.config, bench.subject.model, bench.study.dir(run.folder), bench.ranks
+    config, model, folder, ranks = bench.config, bench.trained, bench.study.dir(run.folder), bench.ranks
     settings, max_train, optimizer = settings_of(bench, run)
     with ranks.main_first():
         examples = bench.examples(run.task, max_train)
@@ -290,7 +303,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
               "eps": o.eps, "momentum": o.momentum, "nesterov": o.nesterov, "ns_steps": o.ns_steps, "muon_scale": o.muon_scale,
               "muon_factors": o.muon_factors}  # fmt: skip
     learner = Learner(model, list(parameters), lambda masters: optimizers_of(list(names), masters, **choice))
-    partition = partition_lines(list(names), learner.masters, name=o.name, muon_scale=o.muon_scale, muon_factors=o.muon_factors)
+    partition = partition_lines(list(names), list(parameters), name=o.name, muon_scale=o.muon_scale, muon_factors=o.muon_factors)
     if partition not in bench.told:  # once for each optimizer and rate
         bench.tell("optimizer  " + "\n           ".join(partition))
         bench.told.append(partition)
@@ -300,18 +313,20 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
         "optimizer": choice, "warmup": warmup, "schedule": settings.scheduler, "seed": bench.seed,
     }))  # fmt: skip
     with ranks.main_first():
-        saved, done = resume(folder, learner, same, asked_checkpoint(config, run), clear=ranks.main), 0
+        saved, done = resume(folder, learner, same, asked_checkpoint(config, run), ranks), 0
     if saved:
         done, budget = saved["step"], tally.micro_tokens
         tally.__dict__.update(saved["tally"])
         tally.micro_tokens = min(tally.micro_tokens, budget)
-        print(f"resumed    {run.folder} after step {start} of {total}", flush=True)
+        bench.tell(f"resumed    {run.folder} after step {done} of {total}")
 
     steps = fit(
         model, learner, batches, total, start=done, micro_tokens=tally.micro_tokens, schedule=settings.scheduler, warmup=warmup,
         max_grad_norm=settings.max_grad_norm, normalize="all" if run.mask == "soft" else config.masking.normalize,
         online_weights=online, seed=bench.seed, ranks=ranks,
     )  # fmt: skip
+    if ranks.main:
+        shutil.rmtree(folder / "eval", ignore_errors=True)  # scores of what was there before
     before, began, speed = tally.seconds, time.perf_counter(), 0.0
     with (
         RunLog(bench.study.path, run.folder, done, enabled=ranks.main) as log,
@@ -340,8 +355,8 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
                 log.flush()
                 epoch = number / math.ceil(len(examples) / per_step)
                 state = {"same": same, "tally": tally.state()}  # a loss that is not finite is an error here, and never saved
-                if ranks.main:
-                    save_checkpoint(folder, run.stage, epoch, number, learner, state, config.keep, bench.subject.name)
+                if ranks.main or is_sharded(model):
+                    save_checkpoint(folder, run.stage, epoch, number, learner, state, config.keep, bench.subject.name, ranks)
             if stops:
                 raise Interrupted
         tally.seconds = before + time.perf_counter() - began
@@ -356,6 +371,8 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     if not tally.outcomes.get("stepped"):
         mend = "the mask keeps no token; raise --tau" if run.mask == "soft" else "the mask keeps no token; raise --threshold"
         raise LetheError(f"{run.folder}: not one of {total} steps could be taken ({tally.outcomes}): {mend}")
+    if is_sharded(model):
+        model = gathered(model, ranks, model.dtype)
     if not ranks.main:
         return
     save_state(model, folder, bench.subject.name)
@@ -412,8 +429,14 @@ def run_study(config: Config, argv: list[str]) -> None:
     involved = {name for run in runs for name in (run.first, run.second)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name)
-    subject = load_subject(config.model.name, config.device if ranks.device is None else str(ranks.device), config.dtype, config.template,
-                           config.quantize, config.max_memory)  # fmt: skip
+    device, dtype, _ = resolve(config.device if ranks.device is None else str(ranks.device), config.dtype)
+    trained = None
+    if config.shard == "model":
+        check_optimizers([name for name, _ in optimizer_arms(config) or [(config.optimizer.name, 0)]])
+        trained = load_sharded(config.model.name, ranks, getattr(torch, dtype))
+    # The main rank scores, by a whole model beside its part of the sharded one.
+    subject = load_subject(config.model.name, device, config.dtype, config.template, config.quantize, config.max_memory,
+                           None if ranks.main else trained)  # fmt: skip
     tell(subject.about)
     # What "auto" turned out to be is part of the study: another machine must not mix its own choice in.
     resolved = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)
@@ -428,7 +451,7 @@ def run_study(config: Config, argv: list[str]) -> None:
         with ranks.main_first(), workers.main_first(f"seed{seed}"):
             mine = ranks.main and workers.main
             study = open_study(tree, resolved, identity, more, argv) if mine else StudyFolder(tree, read_json(tree / "study.json"))
-            bench = Bench(config, subject, tasks, study, seed, ranks, workers.check, tell)
+            bench = Bench(config, subject, tasks, study, seed, ranks, trained or subject.model, workers.check, tell)
             shown = plan_lines(bench, runs)  # which makes the tokens of every task
         if config.inspect:
             show_masks(bench, runs)
@@ -476,7 +499,7 @@ def jobs_of(bench: Bench, runs: list[Run]) -> list[Job]:
     asked = config.evaluation.tasks
     only = {name.strip() for name in asked.split(",")} if asked else None
     cells = evaluation.cells_by_run(evaluation.in_reading_order(here), list(bench.tasks), only)
-    missing = [run for run, names in cells.items() if evaluation.missing(tree, run, names)] if bench.ranks.main else []
+    missing = [run for run, names in cells.items() if run in todo or evaluation.unscored(tree, run, names)] if bench.ranks.main else []
     labels = numbered(missing, [run.folder if run else "base" for run in missing])
     decoder = Decoder(bench.subject.model, config.evaluation.batch_size)  # one cache for all cells
     for run, names in cells.items():
@@ -499,8 +522,11 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         if config.print_config:
             print("".join(f"# {note}\n" for note in config.notes) + config_text(config), end="")
-        else:
+            return
+        try:
             run_study(config, ["train.py", *argv])
+        except RankLost as error:
+            raise LetheError(str(error)) from error
 
     return run_command(work)
 

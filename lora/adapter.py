@@ -95,7 +95,8 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float | None = None)
         made_for = (tensors.metadata() or {}).get("base_fingerprint", "")
         weights, _, kind = made_for.partition(":")  # a quantised base's fingerprint ends in its kind
         if made_for and made_for != model.fingerprint and weights == model.fingerprint.partition(":")[0]:
-            say(f"{file} was trained on this base in {kind or 'full'}; here it is in {model.quantized or 'full'}: scores will differ a little")
+            here = model.quantized or "full"
+            say(f"{file} was trained on this base in {kind or 'full'}; here it is in {here}: scores will differ a little")
         elif made_for and model.fingerprint and made_for != model.fingerprint:
             raise LetheError(
                 f"{file} was trained on another base (fingerprint {made_for}, base {config.get('base_model_name_or_path') or 'unnamed'}); "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora.states import save_state
 from model.llama import Llama
+from model.sharding import is_sharded, read_shards, write_shard
 from model.snapshot import (
     MANIFEST,
     checkpoint_name,
@@ -24,6 +25,7 @@ from model.snapshot import (
     write_checkpoint,
 )
 from optim.masters import make_masters, write_back
+from optim.parallel import ALONE, Ranks
 from study.config import Config
 from study.errors import LetheError
 from study.plan import Run
@@ -51,15 +53,23 @@ class Learner:
         write_back(self.parameters, self.masters)
 
 
-def save_checkpoint(folder: Path, stage: int, epoch: float, step: int, learner: Learner, state: dict, keep: int, name: str) -> None:
+def save_checkpoint(
+    folder: Path, stage: int, epoch: float, step: int, learner: Learner, state: dict, keep: int, name: str, ranks: Ranks = ALONE
+) -> None:  # fmt: skip
     """{folder}/checkpoints/stage1_checkpoint_epoch_0_step_120: the adapter for whoever wants it, and all that resuming needs.
 
     state: plain JSON, given back by resume. At most `keep` checkpoints stay. name: of the base, for the adapter's config.
     """
     target = folder / "checkpoints" / checkpoint_name(stage, int(epoch), step)
-    if target.exists():  # what a kill left of it
+    if ranks.main and target.exists():  # what a kill left of it
         shutil.rmtree(target)
     tensors, optimizer_state = learner.state()
+    if is_sharded(learner.model):
+        ranks.barrier()  # the folder is cleared
+        write_shard(target, tensors, ranks)
+        tensors = {}
+    if not ranks.main:
+        return
     rng_tensors, rng = rng_state()
     if learner.model.adapter is not None:  # full weights are rounded masters
         save_state(learner.model, target, name)
@@ -67,7 +77,7 @@ def save_checkpoint(folder: Path, stage: int, epoch: float, step: int, learner: 
     prune(target.parent, keep)
 
 
-def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, clear: bool = True) -> dict | None:
+def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, ranks: Ranks = ALONE) -> dict | None:
     """Takes up the newest checkpoint of a run folder, else the one `asked` for; returns its state, None where there is none.
 
     same: what must be as it was (plain JSON). Without a checkpoint the folder is cleared (by the one rank that does it): the
@@ -75,7 +85,7 @@ def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, clear
     """
     found = newest_checkpoint(folder / "checkpoints") or asked
     if found is None:
-        if clear and folder.exists():
+        if ranks.main and folder.exists():
             shutil.rmtree(folder)
         return None
     tensors, state = read_checkpoint(found)
@@ -84,7 +94,7 @@ def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, clear
     if lines:
         raise LetheError("\n  ".join([f"{found} is a checkpoint of another training; ask for the same settings, or move it away:", *lines]))
     restore_rng({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, state["rng"])
-    learner.restore(tensors, state["learner"])
+    learner.restore(read_shards(found, ranks if is_sharded(learner.model) else ALONE), state["learner"])
     return state
 
 

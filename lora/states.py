@@ -12,6 +12,7 @@ from lora.adapter import adapter_fingerprint, load_adapter, save_adapter
 from lora.layers import remove_lora
 from model.checkpoint import open_safetensors, read_json, save_weights, weight_files
 from model.llama import Llama
+from model.sharding import place
 from study.errors import LetheError
 from study.folder import write_json
 
@@ -71,7 +72,7 @@ def read_weights(model: Llama, folder: Path) -> None:
                 tensor = tensors.get_tensor(name)
                 if tensor.shape != own[name].shape:
                     raise LetheError(f"{file}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-                own[name].copy_(tensor)
+                place(own[name], tensor)
                 left.remove(name)
     if left:
         raise LetheError(f"{folder} misses tensors: {', '.join(sorted(left)[:3])}")

@@ -15,6 +15,7 @@ from lora.states import put_on, state_fingerprint
 from masking.inspect import as_page, in_terminal, masked_example
 from masking.score import dataset_weights, score_examples
 from masking.weights import policies
+from model.llama import Llama
 from model.subject import Subject
 from optim.parallel import ALONE, Ranks
 from study.config import Config, stage_config
@@ -34,6 +35,7 @@ class Bench:
     study: StudyFolder
     seed: int
     ranks: Ranks = ALONE
+    trained: Llama | None = None  # what is trained; the subject's model, or (--shard model) a sharded one beside it
     check: Callable[[], None] = lambda: None  # raises where another worker has taken the run over
     tell: Callable = print  # for the one process that speaks for all
     told: list = field(default_factory=list)  # what is printed once for all runs

@@ -157,6 +157,7 @@ class Llama(nn.Module):
         self.source: Path | None = None  # the folder they were loaded from
         self.altered = False  # full fine-tuning has changed them since
         self.gradient_checkpointing = False
+        self.computes_in: torch.dtype | None = None  # where it is not the type that the weights lie in (model.sharding)
         self.quantized = ""  # "nf4" or "int8" where the layers' linears are kept so (model.quantized); they cannot be merged into
         self.stream: Any = None  # brings layers from host memory, where some are there (model.offload)
 
@@ -171,7 +172,7 @@ class Llama(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        return self.computes_in or self.model.embed_tokens.weight.dtype
 
     @property
     def captures(self) -> bool:

@@ -40,7 +40,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None  # of a process alone, whatever it was told
 
     @property
     def main(self) -> bool:

@@ -107,6 +107,8 @@ def _refuse_conflicts(config: Config) -> None:
     for wrong, line in (
         (config.full and config.quantize != "none", f"--full trains the weights that --quantize {config.quantize} freezes; leave out one"),
         (config.full and config.max_memory, "--full trains the weights that --max_memory keeps away; use --shard model"),
+        (config.shard == "model" and any(stage.eval_steps for stage in (config.training.stage1, config.training.stage2)),
+         "--shard model has no whole model to score between steps; leave out --eval_steps"),
         (config.shard == "model" and not config.full, "--shard model is for --full; give it too, or use --shard runs"),
         (arms and config.stage, f"an optimizer study trains both stages; leave out --stage {config.stage}"),
         (arms and config.inspect, "--inspect shows what a mask drops, and an optimizer study masks nothing; leave it out"),

@@ -1,7 +1,9 @@
 """Mistakes that a user can mend, and how commands tell them: one line, no traceback, a non-zero exit."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 
@@ -16,7 +18,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def run_command(work: Callable[[], None]) -> int:
-    """Runs a command's work; returns its exit status: 0, 2 after an error, 130 after Ctrl-C."""
+    """Runs a command's work; returns its exit status: 0, 2 after an error, 130 after Ctrl-C or SIGTERM."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     try:
         work()
     except LetheError as error:

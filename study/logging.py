@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from study.folder import append_jsonl, read_jsonl, write_text
+from study.folder import append_jsonl, read_jsonl, write_jsonl
 
 
 class RunLog:
@@ -27,9 +27,7 @@ class RunLog:
         board = Path(study) / "tensorboard" / run_folder.strip("/").replace("/", "__")
         if self.metrics_path.exists():
             kept = [row for row in read_jsonl(self.metrics_path) if 0 < row.get("step", 0) <= step]
-            write_text(self.metrics_path, "")
-            if kept:
-                append_jsonl(self.metrics_path, *kept)
+            write_jsonl(self.metrics_path, kept)
         if step == 0 and board.exists():
             shutil.rmtree(board)
         self.writer = SummaryWriter(str(board), purge_step=step + 1 if step else None)

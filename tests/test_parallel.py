@@ -216,7 +216,7 @@ def test_a_process_alone():
 def test_start_alone_joins_nothing(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert start("cpu") == Ranks() and not torch.distributed.is_initialized()
+    assert start("cpu") == Ranks(device=torch.device("cpu")) and not torch.distributed.is_initialized()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun --nproc-per-node 1
     assert start("cpu") == Ranks() and not torch.distributed.is_initialized()

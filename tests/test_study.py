@@ -545,9 +545,9 @@ def test_out_of_memory(tiny, tmp_path, capsys, monkeypatch):
     assert "Tried to allocate 9 GiB" in told and "add --gradient_checkpointing, lower --max_length" in told
 
 
-def test_several_processes_are_refused(tiny, tmp_path, capsys, monkeypatch):
+def test_half_an_environment_of_torchrun_is_refused(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--nproc-per-node 1" in one_line(words(tiny, tmp_path / "out"), capsys)
+    assert "start with torchrun" in one_line(words(tiny, tmp_path / "out"), capsys)
 
 
 def test_two_files_of_one_name_are_refused(tiny, tmp_path, capsys):
