@@ -219,7 +219,7 @@ def test_start_alone_joins_nothing(monkeypatch):
     assert start("cpu") == Ranks(device=torch.device("cpu")) and not torch.distributed.is_initialized()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun --nproc-per-node 1
-    assert start("cpu") == Ranks() and not torch.distributed.is_initialized()
+    assert start("cpu") == Ranks(device=torch.device("cpu")) and not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(
