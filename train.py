@@ -310,7 +310,8 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     tally = Tally(micro_tokens_of(config.micro_tokens, model.device))
     same = json.loads(json.dumps({
         "run": run.__dict__, "base": model.fingerprint, "tokens": examples.key, "steps": total, "examples_per_step": per_step,
-        "optimizer": choice, "warmup": warmup, "schedule": settings.scheduler, "seed": bench.seed,
+        "optimizer": choice, "warmup": warmup, "schedule": settings.scheduler, "seed": bench.seed, "mask": mask_stats,
+        "lora": None if config.full else config.lora.__dict__,
     }))  # fmt: skip
     with ranks.main_first():
         saved, done = resume(folder, learner, same, asked_checkpoint(config, run), ranks), 0
@@ -463,6 +464,7 @@ def run_study(config: Config, argv: list[str]) -> None:
         worked += sum(not job.done for job in jobs)
         workers.do(f"seed{seed}", jobs)
     ranks.barrier()
+    ranks.stop()
     if config.inspect or not (ranks.main and workers.main):
         return
     if not worked and evaluation.is_reported(root):
