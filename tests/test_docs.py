@@ -50,7 +50,7 @@ def test_commands_are_understood(command, monkeypatch, capsys):
 
 def test_every_flag_exists(capsys):
     known = {"config", "help", "source", "split", "logdir", "adapter", "out", "model", "dtype"}  # of the other commands too
-    known |= set(flags_of(Config)) | set(flags_of(EvalConfig))
+    known |= {"nproc_per_node", "max_restarts"} | set(flags_of(Config)) | set(flags_of(EvalConfig))  # torchrun has two
     named = {flag.replace("-", "_").replace(".", "_") for flag in re.findall(r"--([A-Za-z][\w.-]*\w)", README)}
     assert len(named) > 25 and named <= known
 
