@@ -1,11 +1,12 @@
 """Kills a study with SIGKILL at random moments, starts it again until it is done, and compares it with one that ran undisturbed.
 
-    python benchmarks/survive.py [--kills 20] [--seed 0] [--out FILE]
+    python benchmarks/survive.py [--kills 20] [--seed 0] [--optimizers] [--out FILE]
 
 Compared bit for bit: adapters, outputs of every test item, results, perplexities, loss curves (without times), and what
-TensorBoard shows, in which no curve may fold back. The study is small (a random Llama, two tasks, both stages, two arms), on
-the CPU. A kill is planned for a phase (a step, a save, perplexity scoring, evaluation, or any moment at all); the phase that it
-really hit is read from marks that the process leaves on entering and leaving each. Ends with 1 where anything differs.
+TensorBoard shows, in which no curve may fold back. The study is small (a random Llama, two tasks, both stages, two masks or
+two optimizers), on the CPU. A kill is planned for a phase (a step, a save, perplexity scoring, evaluation, or any moment at
+all); the phase that it really hit is read from marks that the process leaves on entering and leaving each. Ends with 1 where
+anything differs.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ SETTINGS = ["--max_train", "32", "--max_test", "4", "--epochs", "3", "--batch_si
             "--max_length", "256", "--max_new_tokens", "8", "--learning_rate", "1e-2", "--log_steps", "2", "--save_steps", "3",
             "--keep", "2", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
 STUDY = ("--datasets", ",".join(TASKS), "--pairs", ":".join(TASKS), "--mask", "none,bottom10", *SETTINGS)  # four runs
+OPTIMIZERS = ("--datasets", ",".join(TASKS), "--compare_optimizers", *SETTINGS)  # four runs, without masks
 ONE_RUN = ("--datasets", TASKS[1], "--stage", "1", *SETTINGS)
 PASSING = {"time", "seconds", "memory_gib", "train/tokens_per_s", "train/memory_gib"}  # what may differ: times and memory
 
@@ -211,7 +213,8 @@ def outcome(out: Path) -> dict[str, object]:
     """Everything a study leaves that may not depend on how often it was killed."""
     found: dict[str, object] = {}
     weights = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors")
-    for pattern in (*weights, "eval/*.jsonl", "eval_results*.json", "perplexity/*.safetensors"):
+    measured = ("drift.json", "dev.json", "logs/final_results.json")  # of a comparison of optimizers
+    for pattern in (*weights, *measured, "eval/*.jsonl", "eval_results*.json", "perplexity/*.safetensors"):
         for file in out.rglob(pattern):
             if "checkpoints" not in file.parts:
                 found[str(file.relative_to(out))] = file.read_bytes()
@@ -256,7 +259,7 @@ def unequal(one: dict, other: dict) -> list[str]:
 
 
 def planned(rng: random.Random, whole: Attempt, phases: list[str]) -> list[dict]:
-    """A moment for each phase named: behind a random call's entry, by a random share of what such a call takes.
+    """A moment for each phase named that the study has: behind a random call's entry, by a random share of what such a call takes.
 
     whole: the study undisturbed. "any": behind a random share of the first half of it.
     """
@@ -264,7 +267,7 @@ def planned(rng: random.Random, whole: Attempt, phases: list[str]) -> list[dict]
     for phase in phases:
         if phase == "any":
             moments.append({"after": rng.random() * whole.seconds / 2})
-        else:
+        elif phase in whole.entered:
             usual = sorted(whole.entered[phase])[len(whole.entered[phase]) // 2]
             call = rng.randint(1, {"step": 5, "save": 3, "scoring": 1, "evaluation": 2, "report": 1}[phase])
             moments.append({"place": Place(phase, call, wait=False), "after": rng.random() * usual})
@@ -275,16 +278,16 @@ def planned(rng: random.Random, whole: Attempt, phases: list[str]) -> list[dict]
 ROUND = ["any", "step", "save", "step", "save", "scoring", "any", "save", "evaluation", "evaluation"]
 
 
-def killed_study(bench: Bench, out: Path, moments: list[dict]) -> tuple[list[Attempt], Attempt]:
+def killed_study(bench: Bench, out: Path, moments: list[dict], study: tuple[str, ...] = STUDY) -> tuple[list[Attempt], Attempt]:
     """Starts a study again and again, killing it at each moment in turn -> (those that were cut, the one that came to its end)."""
     cut = []
     for moment in moments:
-        attempt = bench.start(out, **moment)
+        attempt = bench.start(out, study=study, **moment)
         if attempt.status == 0:
             return cut, attempt
         assert attempt.status == -signal.SIGKILL, f"it ended with {attempt.status} and not by the kill:\n{attempt.output}"
         cut.append(attempt)
-    last = bench.start(out)
+    last = bench.start(out, study=study)
     assert last.status == 0, f"it ended with {last.status}:\n{last.output}"
     return cut, last
 
@@ -294,17 +297,19 @@ def run(args: argparse.Namespace) -> dict:
 
     print(machine_lines("cpu"))
     rng, hits, differing, attempts = random.Random(args.seed), [], [], 0
+    study = OPTIMIZERS if args.optimizers else STUDY
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        whole = bench.start(Path(folder) / "whole")
+        whole = bench.start(Path(folder) / "whole", study=study)
         assert whole.status == 0, whole.output
         reference = outcome(Path(folder) / "whole")
         print(f"undisturbed {whole.seconds:.1f} s; {len(reference)} things to compare; "
               + ", ".join(f"{len(times)} calls of {phase}" for phase, times in whole.entered.items()))  # fmt: skip
-        while len(hits) < args.kills or not {"step", "save", "scoring", "evaluation"} <= {*hits}:
+        wanted = {"step", "save", "scoring", "evaluation"} & set(whole.entered)
+        while len(hits) < args.kills or not wanted <= set(hits):
             attempts += 1
             out = Path(folder) / f"study{attempts}"
-            cut, _ = killed_study(bench, out, planned(rng, whole, ROUND))
+            cut, _ = killed_study(bench, out, planned(rng, whole, ROUND), study)
             hits += [attempt.phases[-1] if attempt.phases else "between" for attempt in cut]
             wrong = unequal(outcome(out), reference)
             differing += [f"study{attempts}: {name}" for name in wrong]
@@ -320,6 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--optimizers", action="store_true", help="the study compares AdamW with Muon, instead of masks")
     parser.add_argument("--out", help="write the result there too (JSON)")
     args = parser.parse_args(argv)
     from benchmarks.common import finish

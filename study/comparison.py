@@ -101,7 +101,7 @@ def report_comparison(root: str | Path, quiet: bool = False) -> dict:
     if not quiet:
         print("\n" + comparison_table(results))
         print(f"\nresults    {root / 'logs' / 'final_results.json'}, {root / 'eval_results_optimizers.json'}")
-        print(f"pictures   {', '.join(str(path) for path in pictures)}")
+        print(f"pictures   {root / 'logs'}/ ({', '.join(path.stem for path in pictures)})")
     return results
 
 

@@ -32,6 +32,14 @@ def real_data() -> Path:
     return Path(os.environ["LETHE_REAL_DATA"])
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """A model folder: the nano tokenizer, and random weights of two narrow layers."""
+    from tiny import NARROW, raw_config, write_folder
+
+    return str(write_folder(tmp_path_factory.mktemp("model") / "tiny", raw_config(**NARROW), tokenizer=True))
+
+
 @pytest.fixture
 def hub():
     """A stand-in for the Hugging Face hub: (url, files, asked). files {owner/name/path: bytes} are what it holds, models

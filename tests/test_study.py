@@ -8,36 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from tiny import raw_config, write_folder
+from tiny import SMALL, TASKS, adapters, cells, one_line, times, words
 
 import eval as evaluation
 import train
 from study.folder import read_json, read_jsonl
 
-TASKS = ("mini_svamp", "mini_simpleqa")
 PAIRS = ("mini_svamp_to_mini_simpleqa", "mini_simpleqa_to_mini_svamp")
 ARM_FOLDERS = ("lora_transfer", "mask/bottom10_group", "mask/highest")
 RUNS = [f"lora_base/{task}" for task in TASKS] + [f"{arm}/{pair}" for arm in ARM_FOLDERS for pair in PAIRS]
 METRICS = {"exact_match", "flexible_match", "string_match", "rougeL", "answer_nll"}
-SMALL = ["--max_train", "24", "--max_test", "6", "--epochs", "1", "--batch_size", "8", "--gradient_accumulation", "1",
-         "--max_length", "256", "--max_new_tokens", "8", "--learning_rate", "1e-2", "--device", "cpu"]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> str:
-    """A model folder: the nano tokenizer, and random weights of two narrow layers."""
-    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return str(write_folder(tmp_path_factory.mktemp("model") / "tiny", raw_config(vocab_size=2048, **narrow), tokenizer=True))
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes longer than everything else here, and one study with its pictures is enough."""
     monkeypatch.setattr(evaluation, "draw_all", lambda rows, folder: [])
-
-
-def words(tiny, out, *more) -> list[str]:
-    return ["--model", tiny, "--datasets", ",".join(TASKS), *SMALL, "--out", str(out), *map(str, more)]
 
 
 @pytest.fixture(scope="session")
@@ -52,18 +38,6 @@ def finished(tiny, tmp_path_factory) -> Path:
 def study(finished, tmp_path) -> Path:
     """A copy of it to be maltreated."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-def adapters(out) -> dict[str, bytes]:
-    return {str(file.parent.relative_to(out)): file.read_bytes() for file in sorted(Path(out).rglob("adapter_model.safetensors"))}
-
-
-def cells(out) -> dict[str, bytes]:
-    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(Path(out).rglob("eval/*.jsonl"))}
-
-
-def times(out, pattern) -> dict[str, int]:
-    return {str(file.relative_to(out)): file.stat().st_mtime_ns for file in Path(out).rglob(pattern)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,13 +389,6 @@ def test_a_file_of_ones_own(tiny, tmp_path, no_pictures):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input: exit 2 and one line that names the thing
-
-
-def one_line(command, capsys) -> str:
-    assert train.main(command) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1, told
-    return told
 
 
 def broken_model(tiny, folder, change) -> str:

@@ -1,4 +1,4 @@
-"""Toy models for the tests: folders in Hugging Face's format with random weights, made without transformers."""
+"""Toy models for the tests: folders in Hugging Face's format with random weights, made without transformers; and toy studies of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ BASE = {
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": True,
     "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+# With the built-in model's vocabulary, and narrower: studies of it take a second.
+NARROW = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def raw_config(**changes) -> dict:
@@ -83,3 +85,38 @@ def train_some(model: Llama, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
         layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
+
+
+# Studies: what to type for a small one, and what one has left behind.
+
+TASKS = ("mini_svamp", "mini_simpleqa")
+SMALL = ["--max_train", "24", "--max_test", "6", "--epochs", "1", "--batch_size", "8", "--gradient_accumulation", "1",
+         "--max_length", "256", "--max_new_tokens", "8", "--learning_rate", "1e-2", "--device", "cpu"]  # fmt: skip
+
+
+def words(model, out, *more) -> list[str]:
+    """Of train.py: a small study of two built-in tasks."""
+    return ["--model", str(model), "--datasets", ",".join(TASKS), *SMALL, "--out", str(out), *map(str, more)]
+
+
+def adapters(out) -> dict[str, bytes]:
+    return {str(file.parent.relative_to(out)): file.read_bytes() for file in sorted(Path(out).glob("**/adapter_model.safetensors"))
+            if "checkpoints" not in file.parts}  # fmt: skip
+
+
+def cells(out) -> dict[str, bytes]:
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(Path(out).rglob("eval/*.jsonl"))}
+
+
+def times(out, pattern) -> dict[str, int]:
+    return {str(file.relative_to(out)): file.stat().st_mtime_ns for file in Path(out).rglob(pattern)}
+
+
+def one_line(command, capsys) -> str:
+    """Runs train.py, which must end with 2 and a single line."""
+    import train
+
+    assert train.main(command) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1, told
+    return told
