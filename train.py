@@ -314,7 +314,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
         "lora": None if config.full else config.lora.__dict__,
     }))  # fmt: skip
     with ranks.main_first():
-        saved, done = resume(folder, learner, same, asked_checkpoint(config, run), ranks), 0
+        saved, done = resume(folder, learner, same, asked_checkpoint(config, run), config.keep, ranks), 0
     if saved:
         done, budget = saved["step"], tally.micro_tokens
         tally.__dict__.update(saved["tally"])

@@ -77,7 +77,7 @@ def save_checkpoint(
     prune(target.parent, keep)
 
 
-def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, ranks: Ranks = ALONE) -> dict | None:
+def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, keep: int, ranks: Ranks = ALONE) -> dict | None:
     """Takes up the newest checkpoint of a run folder, else the one `asked` for; returns its state, None where there is none.
 
     same: what must be as it was (plain JSON). Without a checkpoint the folder is cleared (by the one rank that does it): the
@@ -88,6 +88,8 @@ def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, ranks
         if ranks.main and folder.exists():
             shutil.rmtree(folder)
         return None
+    if ranks.main:
+        prune(folder / "checkpoints", keep)  # a kill right after a save leaves one more
     tensors, state = read_checkpoint(found)
     before = state["same"]
     lines = [f"{key}: {before.get(key)} there, {value} asked" for key, value in same.items() if before.get(key) != value]
