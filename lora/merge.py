@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 
 from lora.adapter import load_adapter
 from lora.layers import merge_adapter
-from model.checkpoint import find_model, load_model, read_json, save_weights
+from lora.states import save_model
+from model.checkpoint import find_model, load_model, read_json
 from model.tokenizer import load_tokenizer
 from study.errors import LetheError, run_command
 from study.folder import write_json
@@ -27,7 +27,6 @@ PROBE = (
     "A train leaves the station at noon with 48 passengers. At the first stop 19 get off and 7 get on. How many are on it then? "
     "First 48 - 19 = 29 stay, then 29 + 7 = 36. The river runs from the hills to the sea, and the town lies where it bends."
 )
-COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
 
 def merge(model: str, adapter: str, out: str | Path, dtype: str = "auto") -> dict:
@@ -44,17 +43,8 @@ def merge(model: str, adapter: str, out: str | Path, dtype: str = "auto") -> dic
     load_adapter(llama, adapter)
     before = _logits(llama, probe)
     merge_adapter(llama)
-    out.mkdir(parents=True, exist_ok=True)
-    save_weights(llama, out / "model.safetensors", getattr(torch, name))
+    save_model(llama, source, out, getattr(torch, name))
     del llama
-    written = dict(config)
-    for key in ("torch_dtype", "dtype"):
-        if key in config:
-            written[key] = name
-    for file in [*COPIED, *(p.name for p in source.glob("LICENSE*")), *(p.name for p in source.glob("USE_POLICY*"))]:
-        if (source / file).is_file():
-            shutil.copyfile(source / file, out / file)
-    write_json(out / "config.json", written)
     after = _logits(load_model(out), probe)
     difference = (before - after).abs()
     report = {
