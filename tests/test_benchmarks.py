@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import random_examples, raw_config, tiny_model, train_some, write_folder
 
-from benchmarks import common, contenders, loss, muon, roofline, scale, study, train_step
+from benchmarks import common, contenders, loss, muon, paired, roofline, scale, study, train_step
 from benchmarks.ablations import full_logits, padded, plain_modules
 from benchmarks.make_random_llama import main
 from data.batching import Examples, collate
@@ -22,7 +22,7 @@ from lora.layers import lora_parameters
 from masking import score
 from model import llama, load_model, load_tokenizer
 from study.errors import LetheError
-from study.folder import write_json
+from study.folder import write_json, write_jsonl
 
 REPO = Path(__file__).parent.parent
 ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
@@ -473,3 +473,17 @@ def test_the_slurm_example_starts_what_it_says(tmp_path, mode):
         assert said.startswith("torchrun --nnodes 2 --nproc-per-node 8 ") and "--rdzv-endpoint node7:20005" in said
         assert said.endswith("train.py --full --shard model --out my study" if mode == "model" else "train.py --out my study")
     assert subprocess.run(command, env={**environment, "MODE": "all"}, cwd=tmp_path, capture_output=True).returncode == 2
+
+
+def test_two_studies_are_paired_item_by_item(tmp_path, capsys):
+    rights = {"one": [1, 1, 0, 0, 1, 0], "other": [1, 0, 0, 1, 0, 0]}
+    for name, marks in rights.items():
+        run = {"stage": 1, "arm": "none", "first": "a", "second": None, "folder": "lora_base/a", "parent": None}
+        write_json(tmp_path / name / "lora_base/a/run.json", {"status": "done", "run": run})
+        write_jsonl(tmp_path / name / "lora_base/a/eval/a.jsonl", [{"prompt": str(i), "exact_match": bool(x)} for i, x in enumerate(marks)])
+    assert paired.main([str(tmp_path / "one"), str(tmp_path / "other")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]["all"]
+    assert (found["n"], found["one"], found["other"], found["only_a"], found["only_b"]) == (6, 0.5, pytest.approx(1 / 3), 2, 1)
+    assert found["difference"] == pytest.approx(-1 / 6) and found["p"] == 1.0  # 2 against 1 is no evidence
+    write_jsonl(tmp_path / "other/lora_base/a/eval/a.jsonl", [{"prompt": "?", "exact_match": True}] * 6)
+    assert paired.main([str(tmp_path / "one"), str(tmp_path / "other")]) == 2 and "other items" in capsys.readouterr().err
