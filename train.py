@@ -305,13 +305,14 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     learner = Learner(model, list(parameters), lambda masters: optimizers_of(list(names), masters, **choice))
     partition = partition_lines(list(names), list(parameters), name=o.name, muon_scale=o.muon_scale, muon_factors=o.muon_factors)
     if partition not in bench.told:  # once for each optimizer and rate
-        bench.tell("optimizer  " + "\n           ".join(partition))
+        bench.tell("optimizer  " + ("adamw for all parameters" if o.name == "adamw" else "\n           ".join(partition)))
         bench.told.append(partition)
     tally = Tally(micro_tokens_of(config.micro_tokens, model.device))
     same = json.loads(json.dumps({
         "run": run.__dict__, "base": model.fingerprint, "tokens": examples.key, "steps": total, "examples_per_step": per_step,
         "optimizer": choice, "warmup": warmup, "schedule": settings.scheduler, "seed": bench.seed, "mask": mask_stats,
-        "lora": None if config.full else config.lora.__dict__,
+        "lora": None if config.full else config.lora.__dict__, "masking": None if run.mask == "none" else config.masking.__dict__,
+        "max_grad_norm": settings.max_grad_norm, "dtype": str(model.dtype).removeprefix("torch."),
     }))  # fmt: skip
     with ranks.main_first():
         saved, done = resume(folder, learner, same, asked_checkpoint(config, run), config.keep, ranks), 0

@@ -45,11 +45,14 @@ class Task:
 def held_out(task: Task, max_train: int | None, most: int = 200) -> tuple[int, list[Record]]:
     """(how many rows to train on, rows to choose settings by that are not among them): what follows the first max_train.
 
-    Where all rows would be trained on, the last twentieth is kept back; never more than `most` are given.
+    Where all rows would be trained on, the last twentieth is kept back; never more than `most` are given. Raises LetheError
+    where there is no row to keep back.
     """
     rows = list(task.train())
+    if len(rows) < 2:
+        raise LetheError(f"{task.name}: one row to train on, and one must be kept back to choose the learning rate by; give more rows")
     limit = min(max_train or len(rows), len(rows) - min(most, -(-len(rows) // 20)))
-    return max(1, limit), rows[max(1, limit) :][:most]
+    return limit, rows[limit:][:most]
 
 
 def task_modules() -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from data.batching import steps_of
+from data.batching import Examples, steps_of
+from data.folder import held_out
 from data.records import Report
 from masking.bench import Bench
 from masking.weights import policies
@@ -51,8 +52,13 @@ def plan_lines(bench: Bench, runs: list[Run]) -> str:
     lines = [f"settings   {source}; LoRA r {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}"]
     stages = sorted({run.stage for run in runs})
     table, bad = [], []
+
+    def rows_of(name: str, max_train: int | None) -> Examples:
+        """Those that are trained on: an optimizer study keeps some back."""
+        return bench.examples(name, held_out(bench.tasks[name], max_train)[0] if config.study == "optimizers" else max_train)
+
     for name, task in bench.tasks.items():
-        found = bench.examples(name, config.max_train)
+        found = rows_of(name, config.max_train)
         report = found.report
         bad += [*report["bad_rows_shown"], *(f"{where}: {reason}" for where, reason in (task.test_report or Report()).dropped)]
         row = [name, len(found), len(task.test[: config.max_test]), report["length_p50_p95_max"][0], report["trainable_tokens"],
@@ -60,7 +66,7 @@ def plan_lines(bench: Bench, runs: list[Run]) -> str:
         for stage in stages:
             settings, max_train = stage_config(config, stage)
             per_step = settings.batch_size * settings.gradient_accumulation
-            row.append(steps_of(len(bench.examples(name, max_train)), per_step, settings.epochs, settings.max_steps))
+            row.append(steps_of(len(rows_of(name, max_train)), per_step, settings.epochs, settings.max_steps))
         table.append(row)
     headers = ["task", "train", "test", "median tokens", "answer tokens", "cut prompts", "too long", "bad rows"]
     lines.append(format_table(table, headers + [f"stage {stage} steps" for stage in stages]))

@@ -193,7 +193,7 @@ def _paired_table(paired: dict) -> str:
 def _matched_line(found: dict) -> str:
     names, at = [NAMES.get(found[key], found[key]) for key in ("one", "other")], found["at"]
     if at is None:
-        return f"At matched learning: {names[0]} and {names[1]} nowhere learn B equally well; add rates to the sweep"
+        return f"At matched learning: {names[0]} and {names[1]} nowhere learn B equally well, or not at all; add rates to the sweep"
     level, one, other, gap, low, high = (100 * at[key] for key in ("learning", found["one"], found["other"], "difference", "low", "high"))
     line = (f"At matched learning ({level:+.1f} points on B): {names[0]} loses {one:.1f}, {names[1]} {other:.1f} points of A;\n"
             f"difference {gap:+.1f} (95 % over items {low:+.1f} to {high:+.1f}")  # fmt: skip

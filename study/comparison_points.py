@@ -209,7 +209,8 @@ def contrast(one: Point, other: Point) -> dict:
 
 
 def matched(points: list[Point], one: str, other: str) -> dict | None:
-    """Forgetting of two optimizers where they learned B equally well, with a bootstrap interval over items; None: nowhere.
+    """Forgetting of two optimizers where they learned B equally well, with a bootstrap interval over items; None: nowhere,
+    or nothing was learned.
 
     The level is the most learning that both reach.  An optimizer's forgetting at a level is the least F_abs on the line
     through its rates in order, straight between neighbours.  Each round draws the items of both test sets anew and takes
@@ -235,7 +236,7 @@ def matched(points: list[Point], one: str, other: str) -> dict | None:
     level = np.minimum(learned[one].max(axis=1), learned[other].max(axis=1))  # (1 + rounds,)
     at = {name: least_forgetting(level, learned[name], lost[name]) for name in mine}
     difference = at[one] - at[other]
-    if math.isnan(difference[0]):
+    if math.isnan(difference[0]) or level[0] <= 0:  # without learning there is no price of it
         return None
     resolved = difference[1:][~np.isnan(difference[1:])]
     low, high = np.quantile(resolved, (0.025, 0.975)) if len(resolved) else (math.nan, math.nan)
