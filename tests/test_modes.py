@@ -43,12 +43,16 @@ def no_pictures() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def drawing_takes_longer_than_the_rest():
+def like_a_rank():
+    """One thread, since sums in another order have other bits; and no pictures, which take longer than all the rest."""
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "draw_all", None)
         patch.setattr(study.comparison, "draw_comparison", None)
         no_pictures()  # which the patches take back
+        torch.set_num_threads(1)
         yield
+    torch.set_num_threads(threads)
 
 
 def done(command) -> str:
