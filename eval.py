@@ -245,11 +245,12 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
             draw_all(mine, tree / "performance_matrices_mask")
     if not rows:
         raise LetheError(f"{root}: nothing is scored yet; run python train.py first")
+    if not quiet:  # first: a folder that cannot be written to still has its table
+        print("\n" + summary_table(rows, dropped), flush=True)
     pictures = draw_all(rows, root / "performance_matrices_mask")
     log_pictures(root, pictures)
     write_json(root / "eval_results_mask.json", {"results": rows})  # last: is_reported goes by it
     if not quiet:
-        print("\n" + summary_table(rows, dropped))
         print(f"\nresults    {root / 'eval_results_mask.json'}")
         print(f"pictures   {root / 'performance_matrices_mask'}/ ({len(pictures)})")
         print(f"curves     tensorboard --logdir {root / 'tensorboard' if len(trees) == 1 else root}")

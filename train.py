@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from masking.outline import plan, plan_lines
 from masking.score import example_weights, micro_nll
 from masking.weights import policies
 from model.attention import Pack
-from model.checkpoint import find_model
+from model.checkpoint import find_model, load_config
 from model.generate import Decoder
 from model.llama import Llama
 from model.sharding import check_optimizers, gathered, idle_pass, is_sharded, load_sharded
@@ -46,7 +47,7 @@ from optim.partition import optimizers_of, partition_lines
 from optim.schedule import lr_factor
 from study.config import changed, config_text, optimizer_arms, parse, parse_seeds, stage_config
 from study.errors import LetheError, is_out_of_memory, run_command
-from study.folder import StudyFolder, expand_out, is_done, open_study, read_json, seed_folders, write_json
+from study.folder import StudyFolder, expand_out, in_use, is_done, open_study, read_json, seed_folders, write_json
 from study.identity import identity_of
 from study.logging import RunLog, memory_gib, progress, say
 from study.plan import Run, title_of
@@ -425,9 +426,12 @@ def run_study(config: Config, argv: list[str]) -> None:
     tell = print if ranks.main and workers.main else lambda *_: None
     for note in config.notes:
         tell(note)
-    find_model(config.model.name)  # before the data: a wrong name is told as such
+    load_config(find_model(config.model.name))  # before the data: a wrong name is told as such
     tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
     runs = plan(config, list(tasks))
+    if asked := config.resume_stage1 or config.resume_stage2:
+        if not any(asked_checkpoint(config, run) for run in runs):
+            raise LetheError(f"{asked} is the checkpoint of no run of this study; give its task and optimizer, or another checkpoint")
     involved = {name for run in runs for name in (run.first, run.second)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name)
@@ -440,6 +444,9 @@ def run_study(config: Config, argv: list[str]) -> None:
     subject = load_subject(config.model.name, device, config.dtype, config.template, config.quantize, config.max_memory,
                            None if ranks.main else trained)  # fmt: skip
     tell(subject.about)
+    if ranks.world > 1 or workers.shared:
+        shared = "the study's runs" if workers.shared else "the weights and each step" if trained else "each step's examples"
+        tell(f"processes  {workers.world if workers.shared else ranks.world}, which share {shared}")
     # What "auto" turned out to be is part of the study: another machine must not mix its own choice in.
     resolved = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)
     if (root / "study.json").is_file() if config.seeds else seed_folders(root) != [root]:
@@ -458,12 +465,11 @@ def run_study(config: Config, argv: list[str]) -> None:
         if config.inspect:
             show_masks(bench, runs)
             continue
-        if (config.resume_stage1 or config.resume_stage2) and not any(asked_checkpoint(config, run) for run in runs):
-            raise LetheError("--resume_stage1, --resume_stage2: the checkpoint belongs to no run of this study")
         tell(f"\nstudy      {tree}   seed {seed}\n{shown}")
         jobs = jobs_of(bench, runs)
         worked += sum(not job.done for job in jobs)
-        workers.do(f"seed{seed}", jobs)
+        with in_use(tree) if mine else nullcontext():
+            workers.do(f"seed{seed}", jobs)
     ranks.barrier()
     ranks.stop()
     if config.inspect or not (ranks.main and workers.main):
@@ -480,7 +486,7 @@ def gather(config: Config) -> tuple[Ranks, Workers]:
     try:
         rank, world, local = environment()
         if config.shard == "runs" and world > 1:
-            return Ranks(device=device_of(config.device, world, local)), Workers(rank, shared=True)
+            return Ranks(device=device_of(config.device, world, local)), Workers(rank, world)
         return start(config.device) if world > 1 else ALONE, Workers()
     except ValueError as error:
         raise LetheError(str(error)) from error

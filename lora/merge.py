@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from lora.states import save_model
 from model.checkpoint import find_model, load_model, read_json
 from model.tokenizer import load_tokenizer
 from study.errors import LetheError, run_command
-from study.folder import write_json
+from study.folder import write_error, write_json
 
 PROBE = (
     "A train leaves the station at noon with 48 passengers. At the first stop 19 get off and 7 get on. How many are on it then? "
@@ -32,6 +34,8 @@ PROBE = (
 def merge(model: str, adapter: str, out: str | Path, dtype: str = "auto") -> dict:
     """Writes the merged folder and returns the parity report. dtype: of the written weights, "auto" for the base's own."""
     source, out = find_model(model), Path(out)
+    if (Path(adapter) / "model.safetensors").is_file() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise LetheError(f"{adapter} holds whole weights, not an adapter (a run of --full): it is a model folder as it is")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise LetheError(f"--out {out} is not empty; give a new folder")
     config = read_json(source / "config.json")
@@ -43,20 +47,27 @@ def merge(model: str, adapter: str, out: str | Path, dtype: str = "auto") -> dic
     load_adapter(llama, adapter)
     before = _logits(llama, probe)
     merge_adapter(llama)
-    save_model(llama, source, out, getattr(torch, name))
-    del llama
-    after = _logits(load_model(out), probe)
-    difference = (before - after).abs()
-    report = {
-        "tokens": probe.shape[1],
-        "dtype": name,
-        "max_logit_difference": difference.max().item(),
-        "mean_logit_difference": difference.mean().item(),
-        "argmax_agreement": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
-        "model": model,
-        "adapter": adapter,
-    }
-    write_json(out / "merge_report.json", report)
+    making = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # renamed when it is whole
+    try:
+        save_model(llama, source, making, getattr(torch, name))
+        del llama
+        after = _logits(load_model(making), probe)
+        difference = (before - after).abs()
+        report = {
+            "tokens": probe.shape[1],
+            "dtype": name,
+            "max_logit_difference": difference.max().item(),
+            "mean_logit_difference": difference.mean().item(),
+            "argmax_agreement": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
+            "model": model,
+            "adapter": adapter,
+        }
+        write_json(making / "merge_report.json", report)
+        os.replace(making, out)
+    except OSError as error:
+        raise write_error(out, error) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     return report
 
 

@@ -91,13 +91,19 @@ def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, keep:
     if ranks.main:
         prune(folder / "checkpoints", keep)  # a kill right after a save leaves one more
     tensors, state = read_checkpoint(found)
-    before = state["same"]
-    lines = [f"{key}: {before.get(key)} there, {value} asked" for key, value in same.items() if before.get(key) != value]
+    before, now = flat(state["same"]), flat(same)
+    lines = [f"{key}: {before.get(key)} there, {now.get(key)} asked" for key in {**before, **now} if before.get(key) != now.get(key)]
     if lines:
         raise LetheError("\n  ".join([f"{found} is a checkpoint of another training; ask for the same settings, or move it away:", *lines]))
     restore_rng({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, state["rng"])
     learner.restore(read_shards(found, ranks if is_sharded(learner.model) else ALONE), state["learner"])
     return state
+
+
+def flat(tree: dict, above: str = "") -> dict:
+    """{"optimizer": {"name": "adamw"}} -> {"optimizer.name": "adamw"}"""
+    parts = [flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value} for key, value in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def asked_checkpoint(config: Config, run: Run) -> Path | None:

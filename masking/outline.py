@@ -49,7 +49,8 @@ def plan_lines(bench: Bench, runs: list[Run]) -> str:
     """What will run, with the derived quantities, once; and which rows of the data were bad."""
     config = bench.config
     source = ", ".join(os.path.relpath(path) for path in config.sources) or "the defaults"
-    lines = [f"settings   {source}; LoRA r {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}"]
+    lora = f"LoRA r {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}"
+    lines = [f"settings   {source}; {'all weights are trained' if config.full else lora}"]
     stages = sorted({run.stage for run in runs})
     table, bad = [], []
 

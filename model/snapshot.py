@@ -106,6 +106,7 @@ def newest_checkpoint(parent: Path) -> Path | None:
         found = folder
         break
     for folder, reason in damaged.items():
+        reason = reason.removeprefix(f"{folder}/").partition("; ")[0]
         say(f"checkpoint {folder} is damaged ({reason}): going on from {found.name if found else 'the beginning'}")
         with contextlib.suppress(OSError):  # a read-only folder
             (folder / MANIFEST).rename(folder / "manifest.damaged.json")

@@ -94,14 +94,16 @@ def report_comparison(root: str | Path, quiet: bool = False) -> dict:
     if not pairs:
         raise LetheError(f"{root}: no optimizer has both its stages trained and scored yet; run the same training command again")
     results = {"metric": "exact_match", "about": ABOUT, "pairs": pairs}
+    if not quiet:  # first: a folder that cannot be written to still has its table
+        print("\n" + comparison_table(results), flush=True)
     write_logs(root, scored, rows)
     pictures = draw_comparison(scored, pairs, root / "logs")
     write_json(root / "logs" / "final_results.json", results)
     write_json(root / "eval_results_optimizers.json", {"results": rows})  # last: what is newer has not been reported
     if not quiet:
-        print("\n" + comparison_table(results))
         print(f"\nresults    {root / 'logs' / 'final_results.json'}, {root / 'eval_results_optimizers.json'}")
         print(f"pictures   {root / 'logs'}/ ({', '.join(path.stem for path in pictures)})")
+        print(f"curves     tensorboard --logdir {root}")
     return results
 
 

@@ -13,12 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from study.comparison_points import Scored, in_order
 from study.plots import COLOURS, _caption, _clean, _save
 
-HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}  # of words on lines
+HALO = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of words on lines
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -47,15 +47,22 @@ def whisker(found: dict) -> tuple[float, float, float]:
     return 100 * found["difference"], 100 * float(np.nanmin(low)), 100 * float(np.nanmax(high))
 
 
-def place_labels(axes: Axes, texts: list[tuple[float, float, str]], size: float = 8.5) -> None:
-    """Words beside points, each where it covers no point and no other word, as far as there is room (drawn limits must stand)."""
-    to_pixels, scale = axes.transData.transform, axes.figure.dpi / 72
-    dots = [to_pixels((x, y)) for x, y, _ in texts]
-    taken = [(px - 6 * scale, py - 6 * scale, px + 6 * scale, py + 6 * scale) for px, py in dots]
-    for (px, py), (x, y, text) in zip(dots, texts, strict=True):
+def place_labels(axes: Axes, texts: list[tuple[Line2D, str, tuple]], lines: list[tuple], size: float = 8.5) -> None:
+    """(dot, word, colour): words beside dots, each where it covers no dot, word or line (x, y to x, y), as far as there is room.
+
+    Dots at one place, which would hide each other, first grow into rings around the last. The drawn limits must stand.
+    """
+    scale = axes.figure.dpi / 72
+    dots = [axes.transData.transform(dot.get_xydata()[0]) for dot, *_ in texts]
+    for k, (dot, *_) in enumerate(texts):
+        dot.set_markersize(11 + 7 * sum(np.hypot(*(dots[k] - other)) < 5 * scale for other in dots[k + 1 :]))
+    radii = [(dot.get_markersize() / 2 + 0.5) * scale for dot, *_ in texts]
+    taken = [(px - r, py - r, px + r, py + r) for (px, py), r in zip(dots, radii, strict=True)]
+    taken += [tuple(axes.transData.transform(np.reshape(line, (2, 2))).ravel()) for line in lines]
+    for (px, py), (dot, text, colour) in zip(dots, texts, strict=True):
         width, height = 0.56 * size * len(text) * scale, 1.25 * size * scale
         best = None
-        for reach in (7, 16, 28):
+        for reach in (7, 12, 16, 20, 24, 28, 40):
             for dx, dy in ((-1, 1), (1, -1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):  # whiskers lie across
                 cx, cy = px + dx * (reach * scale + width / 2), py + dy * (reach * scale + height / 2)
                 box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
@@ -68,13 +75,13 @@ def place_labels(axes: Axes, texts: list[tuple[float, float, str]], size: float 
         offset = (best[2][0] - px) / scale, (best[2][1] - py) / scale
         axes.annotate(
             text,
-            (x, y),
+            dot.get_xydata()[0],
             xytext=offset,
             textcoords="offset points",
             ha="center",
             va="center",
             fontsize=size,
-            color="#333333",
+            color=colour,
             zorder=5,
             bbox=HALO,
         )
@@ -90,6 +97,11 @@ def _dot(key: tuple[str, float], colour: tuple, chosen: bool = False, **more) ->
     return Line2D([], [], **{"marker": "o", "linestyle": "", "markersize": 9, "color": colour, "label": label(key), **edge, **more})
 
 
+def _chosen(points: list[dict], size: float = 9) -> list[Line2D]:
+    """The legend's word on the black ring, where there is one."""
+    return [_dot(("", 0), "white", True, label="chosen rate", markersize=size)] if any(point["chosen"] for point in points) else []
+
+
 def _note(points: list[dict], first: str, second: str) -> str:
     seeds = max(len(point["seeds"]) for point in points)
     n = [points[0]["states"]["base"][task]["n"] for task in (first, second)]
@@ -101,7 +113,8 @@ def frontier_figure(points: list[dict], first: str, second: str) -> Figure:
     """x: learning of B (L_B), y: loss of A (F_abs), a point an optimizer and rate, lines through an optimizer's rates."""
     figure = Figure(figsize=(8.2, 5.2))
     axes = figure.add_subplot()
-    colours, texts = shades(map(key_of, points)), []
+    colours, texts, lines = shades(map(key_of, points)), [], []
+    full = {name: colours[in_order(key for key in colours if key[0] == name)[-1]] for name in dict.fromkeys(n for n, _ in colours)}
     for name in dict.fromkeys(point["optimizer"] for point in points):
         mine = [point for point in points if point["optimizer"] == name]
         spots = []
@@ -111,26 +124,24 @@ def frontier_figure(points: list[dict], first: str, second: str) -> Figure:
             around = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
             axes.errorbar(x, y, **around, color=colour, elinewidth=1, capsize=2.5, zorder=2)
             edge = {"markeredgecolor": "black", "markeredgewidth": 1.8} if point["chosen"] else {"markeredgecolor": "white"}
-            axes.plot(x, y, marker="o", markersize=11, color=colour, zorder=4, **edge)
+            (dot,) = axes.plot(x, y, marker="o", color=colour, zorder=4, **edge)
             spots.append((x, y))
-            texts.append((x, y, f"{point['learning_rate']:g}"))
-        axes.plot(*zip(*spots, strict=True), color=colours[key_of(mine[-1])], linewidth=1.2, alpha=0.6, zorder=1)
+            lines += [(xs[0], y, xs[1], y), (x, ys[0], x, ys[1])]
+            texts.append((dot, f"{point['learning_rate']:g}", full[name]))
+        axes.plot(*zip(*spots, strict=True), color=full[name], linewidth=1.2, alpha=0.6, zorder=1)
     axes.axhline(0, color="#888888", linewidth=1)
     axes.set_xlabel(f"{second} learned: points above the base")
     axes.set_ylabel(f"{first} lost in stage 2: points")
     axes.margins(0.12)
     axes.set_title("What learning the second task costs on the first", fontsize=12, loc="left", pad=28)
-    full = {name: colours[in_order(key for key in colours if key[0] == name)[-1]] for name in dict.fromkeys(n for n, _ in colours)}
-    handles = [_dot((name, 0), colour, label=NAMES.get(name, name)) for name, colour in full.items()]
-    if any(point["chosen"] for point in points):
-        handles.append(_dot(("", 0), "white", True, label="chosen rate"))
+    handles = [_dot((name, 0), colour, label=NAMES.get(name, name)) for name, colour in full.items()] + _chosen(points)
     where = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncols": len(handles), "handletextpad": 0.3}
     axes.legend(handles=handles, frameon=False, fontsize=9, **where)
     _clean(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
-    _caption(axes, f"Down and to the right is better; a number is a learning rate.\n{_note(points, first, second)}")
+    _caption(axes, f"Down and to the right is better; a number is a learning rate; points at one place are drawn as rings.\n{_note(points, first, second)}")
     figure.canvas.draw()
-    place_labels(axes, texts)
+    place_labels(axes, texts, [*lines, (axes.get_xlim()[0], 0, axes.get_xlim()[1], 0)])
     return figure
 
 
@@ -140,7 +151,7 @@ def forgetting_figure(points: list[dict], first: str, second: str) -> Figure:
         ("by the KL to the base", f"KL on {second} (nats a token)", lambda p: p["drift"]["after_stage2"].get("kl", {}).get(second)),
         (
             "by the change of weights",
-            "Frobenius norm, % of the weights'",
+            "change of the weights, % of their norm",
             lambda p: _percent(p["drift"]["after_stage2"].get("relative_frobenius")),
         ),
     ]
@@ -168,8 +179,9 @@ def forgetting_figure(points: list[dict], first: str, second: str) -> Figure:
             Line2D([], [], marker="|", linestyle="", markersize=10, markeredgewidth=1.8, color="#555555", label="base"),
             Line2D([], [], color="white", markeredgecolor="#777777", markeredgewidth=2, label="after stage 1", **grey),
             Line2D([], [], color="#777777", label="after stage 2", **grey),
+            *_chosen(points, 8),
         ],
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, fontsize=8.5, handletextpad=0.2, columnspacing=1.0,
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, frameon=False, fontsize=8.5, handletextpad=0.2, columnspacing=1.0,
     )  # fmt: skip
     _clean(axes)
     axes.grid(axis="y", visible=False)
@@ -186,6 +198,8 @@ def forgetting_figure(points: list[dict], first: str, second: str) -> Figure:
         axes.axhline(0, color="#888888", linewidth=1)
         axes.margins(0.1)
         axes.set_xlim(0, 1.1 * max(value(point) or 0 for point in points) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(name)
         axes.set_title(f"Points lost, {title}", fontsize=11, loc="left", pad=24)
         _clean(axes)
@@ -213,10 +227,12 @@ def curves_figure(scored: list[Scored], first: str, second: str) -> Figure:
             axes.plot(steps, losses.mean(axis=0), color=colour, linewidth=1.8, marker="o" if len(steps) == 1 else None)
             if len(losses) > 1:
                 axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        if axes.dataLim.y1 >= 10 * axes.dataLim.minposy:  # within a decade a log axis has hardly a tick
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
         axes.set_title(f"Stage {stage}: {title}", fontsize=11, loc="left")
         axes.set_xlabel("optimizer step")
         _clean(axes)
@@ -253,11 +269,12 @@ def evaluation_figure(points: list[dict], scored: list[Scored], first: str, seco
     for axes, title in zip(panels, (first, second), strict=True):
         axes.set_title(f"{title} (dotted: stage 2 begins)", fontsize=11, loc="left")
         axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
         axes.set_ylim(-2, 102)
         axes.set_xlim(left=0)
         _clean(axes)
     panels[0].set_ylabel("exact match (%)")
-    _legend(panels[1], [_dot(key_of(point), colours[key_of(point)], point["chosen"]) for point in points])
+    _legend(panels[1], [_dot(key_of(point), colours[key_of(point)], point["chosen"]) for point in points] + _chosen(points))
     return figure
 
 

@@ -165,6 +165,8 @@ def parse_eval(argv: list[str]) -> EvalConfig:
     config = build(EvalConfig, [read_yaml(path, EvalConfig) for path in files] + [given])
     if config.adapter and not config.model:
         raise LetheError("--adapter needs --model: the model that the adapter was trained on")
+    if config.quantize != "none" and not config.model:
+        raise LetheError("--quantize goes with --model; a study is scored on the base that it was trained on")
     if config.no_merge and not config.adapter:
         raise LetheError("--no_merge needs --adapter: it compares an adapter merged into the weights with the same beside them")
     if config.out and not config.model:

@@ -218,7 +218,9 @@ def _typed(value: Any, leaf: tuple[Any, dataclasses.Field], shown: str) -> Any:
             result = parser.parse_object({"value": value}).value
         except Exception:  # jsonargparse raises several kinds, all with a page of text
             options = [o for o in typing.get_args(kind) if isinstance(o, str)]
-            raise LetheError(f"{wrong}{nearest(str(value), options)}") from None
+            near = difflib.get_close_matches(str(value), options, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise LetheError(f"{wrong}{hint}") from None
     if result is not None and limit is not None:
         fits, words = limit
         if not fits(result):

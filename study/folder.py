@@ -9,8 +9,10 @@ import errno
 import json
 import math
 import os
+import platform
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,8 +197,42 @@ def open_study(
         record["continued"] = [*record.get("continued", []), again][-20:]
     if not (path / "config.yaml").is_file():  # what later commands selected stands in study.json
         write_text(path / "config.yaml", config_text(config))
-    write_json(path / "study.json", record)
+    try:
+        write_json(path / "study.json", record)
+    except LetheError:
+        if "continued" not in record:  # else the folder may be read-only, and there may be nothing to do
+            raise
     return StudyFolder(path, record)
+
+
+@contextlib.contextmanager
+def in_use(path: str | Path) -> Iterator[None]:
+    """Within it no other command may train or score in this study folder; LetheError where one does.
+
+    The lock is the kernel's, so that a command that is killed leaves none. Where the folder cannot be written to, or its file
+    system has no locks, there is none.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(Path(path) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.pread(handle, 200, 0).decode(errors="replace").strip()
+            raise LetheError(f"{path} is in use by another command ({who}); wait for it, or choose another folder with --out") from None
+        except OSError:
+            pass
+        else:
+            os.truncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
 
 
 def expand_out(template: str, model_name: str) -> Path:

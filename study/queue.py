@@ -225,11 +225,11 @@ class Job(NamedTuple):
 
 
 class Workers:
-    """The processes that share a study's runs, as one of them sees them; or, not shared, a process alone."""
+    """The processes that share a study's runs, as one of them sees them; or, world 1, a process alone."""
 
-    def __init__(self, rank: int = 0, shared: bool = False):
-        self.rank = rank
-        self.store, self.hosts = open_store(rank) if shared else (None, False)
+    def __init__(self, rank: int = 0, world: int = 1):
+        self.rank, self.world, self.shared = rank, world, world > 1
+        self.store, self.hosts = open_store(rank) if self.shared else (None, False)
         self.queue: RunQueue | None = None
 
     @property

@@ -14,7 +14,7 @@ RATES = (
 )
 MEMORY = (
     lambda v: bool(re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*(([KMGT]i?)?B)?", v.strip(), re.I)),
-    "an amount such as 6GiB or 500MB, or a number of GiB",
+    "an amount above 0, such as 6GiB or 500MB, or a number of GiB",
 )
 OUT = "out/{model}"
 DEVICE = (lambda v: v in ("auto", "cpu", "cuda") or v[:5] == "cuda:" and v[5:].isdecimal(), "auto, cpu, cuda or cuda:N")
@@ -117,7 +117,7 @@ class Config:
     compare_optimizers: bool = opt(False, "run every optimizer and rate of --comparison, not --optimizer alone")
     comparison: dict[str, list[float]] | None = opt(None, "'{adamw: [1e-3, 3e-3], muon: [3e-3]}' (default: both at one rate)", RATES)
     full: bool = opt(False, "train all weights, no LoRA")
-    quantize: Literal["none", "nf4", "int8"] = opt("none", "LoRA on a quantised base (needs bitsandbytes)")
+    quantize: Literal["none", "nf4", "int8"] = opt("none", "LoRA on a quantised base (nf4 needs bitsandbytes)")
     max_memory: str | None = opt(None, "6GiB: layers of the base beyond this wait in host memory", MEMORY)
     device: str = opt("auto", "auto | cpu | cuda | cuda:N", DEVICE)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "compute type")

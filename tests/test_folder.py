@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -13,6 +16,7 @@ from study.errors import LetheError
 from study.folder import (
     append_jsonl,
     expand_out,
+    in_use,
     is_done,
     newest_study,
     open_study,
@@ -188,3 +192,16 @@ def test_how_a_step_is_split_is_no_part_of_a_study():
     assert differences(whole, identity("--batch_size", "8", "--gradient_accumulation", "8")) == []
     halved = identity("--batch_size", "8", "--gradient_accumulation", "4")
     assert differences(whole, halved) == ["examples_per_step: 64 in the folder, 32 asked"]
+
+
+def test_a_folder_in_use_is_told_and_free_again_after_a_kill(tmp_path):
+    with in_use(tmp_path):
+        holder = subprocess.run(
+            [sys.executable, "-c", f"from study.folder import in_use\nwith in_use({str(tmp_path)!r}): pass"],
+            capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        assert holder.returncode == 1 and f"in use by another command (process {os.getpid()} on" in holder.stderr
+    code = f"import os\nfrom study.folder import in_use\nwith in_use({str(tmp_path)!r}): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == -9
+    with in_use(tmp_path), in_use(tmp_path / "not there"):  # what cannot be locked is not
+        pass

@@ -440,9 +440,9 @@ def test_resuming_by_name(seed_run, seed_style, tmp_path):
 @pytest.mark.parametrize(
     "more, told",
     [
-        (["--learning_rate", "1e-3"], "the checkpoint belongs to no run of this study"),
-        (["--optimizer", "adamw"], "the checkpoint belongs to no run of this study"),
-        (["--datasets", "aqua_rat,gsm8k"], "the checkpoint belongs to no run of this study"),
+        (["--learning_rate", "1e-3"], "is the checkpoint of no run of this study"),
+        (["--optimizer", "adamw"], "is the checkpoint of no run of this study"),
+        (["--datasets", "aqua_rat,gsm8k"], "is the checkpoint of no run of this study"),
         (["--compare-optimizers"], "--optimizer takes one optimizer"),
         (["--seeds", "0,1"], "names one run's checkpoint, and there are several seeds"),
         (["--skip-training"], "trains and --skip_training does not"),
@@ -457,8 +457,8 @@ def test_a_checkpoint_of_another_run_is_refused(seed_run, seed_style, tmp_path, 
 @pytest.mark.parametrize(
     "more, differs",
     [
-        (["--lora_rank", "4"], "lora: "),
-        (["--momentum", "0.5"], "optimizer: "),
+        (["--lora_rank", "4"], "lora.rank: 16 there, 4 asked"),
+        (["--momentum", "0.5"], "optimizer.momentum: 0.95 there, 0.5 asked"),
         (["--epochs", "2"], "steps: 9 there, 6 asked"),
         (["--seed", "1"], "seed: 0 there, 1 asked"),
         (["--max_grad_norm", "0.1"], "max_grad_norm: 1.0 there, 0.1 asked"),
