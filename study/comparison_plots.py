@@ -19,6 +19,7 @@ from study.comparison_points import Scored, in_order
 from study.plots import COLOURS, _caption, _clean, _save
 
 HALO = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of words on lines
+WHOLE = {"integer": True, "steps": (1, 2, 5, 10), "min_n_ticks": 1}  # ticks of optimizer steps, be there one step only
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -139,7 +140,8 @@ def frontier_figure(points: list[dict], first: str, second: str) -> Figure:
     axes.legend(handles=handles, frameon=False, fontsize=9, **where)
     _clean(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
-    _caption(axes, f"Down and to the right is better; a number is a learning rate; points at one place are drawn as rings.\n{_note(points, first, second)}")
+    words = "Down and to the right is better; a number is a learning rate; points at one place are drawn as rings."
+    _caption(axes, f"{words}\n{_note(points, first, second)}")
     figure.canvas.draw()
     place_labels(axes, texts, [*lines, (axes.get_xlim()[0], 0, axes.get_xlim()[1], 0)])
     return figure
@@ -198,7 +200,7 @@ def forgetting_figure(points: list[dict], first: str, second: str) -> Figure:
         axes.axhline(0, color="#888888", linewidth=1)
         axes.margins(0.1)
         axes.set_xlim(0, 1.1 * max(value(point) or 0 for point in points) or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(name)
         axes.set_title(f"Points lost, {title}", fontsize=11, loc="left", pad=24)
@@ -232,7 +234,7 @@ def curves_figure(scored: list[Scored], first: str, second: str) -> Figure:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(**WHOLE))
         axes.set_title(f"Stage {stage}: {title}", fontsize=11, loc="left")
         axes.set_xlabel("optimizer step")
         _clean(axes)
@@ -269,7 +271,7 @@ def evaluation_figure(points: list[dict], scored: list[Scored], first: str, seco
     for axes, title in zip(panels, (first, second), strict=True):
         axes.set_title(f"{title} (dotted: stage 2 begins)", fontsize=11, loc="left")
         axes.set_xlabel("optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(**WHOLE))
         axes.set_ylim(-2, 102)
         axes.set_xlim(left=0)
         _clean(axes)

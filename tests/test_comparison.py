@@ -221,6 +221,42 @@ def test_three_seeds_four_rates_two_pairs(tmp_path, monkeypatch):
     assert comparison_table(from_file) == comparison_table(results)
 
 
+def test_points_at_one_place_and_short_axes_can_be_read(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(study.comparison_plots, "_save", lambda figure, path: drawn.update({path.stem: figure}))
+    build(tmp_path, n=20, held_out=False)
+    for file in tmp_path.glob("**/eval/*.jsonl"):  # nobody learns anything
+        rows = [json.loads(line) | {"exact_match": False} for line in file.read_text().splitlines()]
+        write_jsonl(file, rows)
+    for file in tmp_path.glob("**/metrics.jsonl"):  # three steps and one, losses within a factor of 1.4
+        file.unlink()
+        for step, loss in enumerate((0.011, 0.009, 0.008)[: 1 if "_to_" in file.parent.name else 3], 1):
+            append_jsonl(file, {"step": step, "time": 1.8e9, "train/loss": loss, "train/learning_rate": 0.001, "tokens": 1})
+    for file in tmp_path.glob("**/drift.json"):
+        write_json(file, {"frobenius": 1.0, "spectral": 1.0, "relative_frobenius": 1e-5,
+                          "kl": {"aqua_rat": {"mean": 0.0021, "low": 0.0, "high": 1.0, "n": 20}}})  # fmt: skip
+    report_comparison(tmp_path, quiet=True)
+
+    def ticks(axis):
+        axis.figure.draw_without_rendering()
+        low, high = sorted(axis.get_view_interval())
+        return [text for place, text in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+                if low <= place <= high and text.get_text()]  # fmt: skip
+
+    for axes, steps in zip(drawn["training_curves"].axes, (["1", "2", "3"], ["1"]), strict=True):
+        assert len(ticks(axes.yaxis)) >= 3 and [text.get_text() for text in ticks(axes.xaxis)] == steps
+    for axes in drawn["forgetting_analysis"].axes[1:]:
+        boxes = [text.get_window_extent() for text in ticks(axes.xaxis)]
+        assert 3 <= len(boxes) <= 5 and all(left.x1 + 3 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+    for name in ("evaluation_curves", "forgetting_analysis", "frontier"):
+        legends = [axes.get_legend() for axes in drawn[name].axes if axes.get_legend()]
+        assert legends[0].get_texts()[-1].get_text() == "chosen rate", name
+    axes = drawn["frontier"].axes[0]
+    sizes = [line.get_markersize() for line in axes.lines if line.get_marker() == "o"]
+    assert sizes == sorted(set(sizes), reverse=True) and len(sizes) == 4  # the later drawn, the smaller: none hidden
+    assert len({text.get_color() for text in axes.texts[1:]}) == 2
+
+
 def test_one_optimizer_at_one_rate_without_extras(tmp_path):
     build(tmp_path, {"muon": [0.01]}, drift=False, dev=False, letters=False, held_out=False)
     (pair,) = report_comparison(tmp_path, quiet=True)["pairs"]
