@@ -4,12 +4,17 @@ import hashlib
 import http.server
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test leaves this machine; those about the hub run their own server
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell starts background jobs with Ctrl-C ignored, and what they start inherits it; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
