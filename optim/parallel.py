@@ -12,13 +12,11 @@ is the same, so there is nothing to agree on.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,18 +97,6 @@ class Ranks:
     def most(self, value: float) -> float:
         """The largest of a host number over all ranks: of flags, whether any rank has raised it."""
         return self._of_all([value], dist.ReduceOp.MAX)[0]
-
-    def same(self, value: Any) -> Any:
-        """The main rank's value, which JSON must be able to hold, on every rank."""
-        if self.world == 1:
-            return value
-        content = json.dumps(value).encode() if self.main else b""
-        size = torch.tensor([len(content)])
-        with self._together():
-            dist.broadcast(size, 0)
-            text = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.main else torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(text, 0)
-        return json.loads(bytes(text.tolist()))
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""

@@ -103,7 +103,6 @@ def rank_main(folder: Path) -> None:
 
     told["totals"] = ranks.totals(2**51 + ranks.rank, 0.5)
     told["most"] = [ranks.most(ranks.rank), ranks.most(-ranks.rank)]
-    told["same"] = ranks.same({"from": ranks.rank, "text": "ü" * ranks.rank})
     with ranks.main_first():
         if ranks.main:
             (folder / "made").write_text("by the main rank")
@@ -185,7 +184,7 @@ def test_sums(two):
         assert own["infinite"].tolist() == [1.0, float("inf"), 2.0] and own["missing"].tolist() == [0.0] * 3
         assert own["sums"].tolist() == [1.0, 1.0 + 1e-15]  # float32 would give 0
     assert told["totals"] == [2**52 + 1, 1.0] and told["most"] == [1, 0]
-    assert told["same"] == {"from": 0, "text": ""} and told["found"] == "by the main rank" and told["world"] == 2 and told["main"]
+    assert told["found"] == "by the main rank" and told["world"] == 2 and told["main"]
 
 
 def test_a_lost_rank_is_told(two):
@@ -206,7 +205,7 @@ def test_every_example_is_someones(world):
 def test_a_process_alone():
     alone, parameter = Ranks(), torch.nn.Parameter(torch.zeros(2))
     alone.sum_([parameter], torch.ones(1))
-    assert parameter.grad is None and alone.main and alone.totals(1, 2.5) == [1, 2.5] and alone.most(3) == 3 and alone.same("x") == "x"
+    assert parameter.grad is None and alone.main and alone.totals(1, 2.5) == [1, 2.5] and alone.most(3) == 3
     with alone.main_first():
         pass
     assert alone.share([3, 1], [0, 0, 0, 0]) == [3, 1]
