@@ -4,7 +4,7 @@
     python eval.py --root out/nano --tasks mini_gsm8k
     python eval.py --model DIR --adapter DIR --tasks gsm8k,svamp   # any model, no study
 
-Read from `score_task` (one model on one task) to `score_study` (every missing cell) to `report` (results, table, pictures).
+Read from `score_task` and `score_benchmark` (one model) to `score_study` (every missing cell). Tables and pictures: study/report.py.
 """
 
 from __future__ import annotations
@@ -12,40 +12,51 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from data.batching import Examples, cut_middle, tokenize
+from data.benchmarks import Benchmark
 from data.builtin import BUILTIN_TASKS
+from data.builtin_mmlu import MINI_MMLU, mini_mmlu
 from data.folder import Task, find_task, held_out, scan
+from data.questions import as_questions
 from data.records import Record
+from data.tasks import mmlu
 from lora.adapter import load_adapter
 from lora.drift import drift_record
 from lora.layers import lora_layers, merged
 from lora.states import put_on, state_fingerprint
+from masking.bench import Bench
 from masking.score import score_examples
 from metrics.answers import score_answer
-from metrics.summary import summarise
+from metrics.summary import summarise, summarise_benchmark
 from model.checkpoint import load_model
-from model.generate import Decoder, generate_and_score
+from model.choices import score_options
+from model.generate import Decoder, generate, generate_and_score
+from model.harness import load_harness, score_suite
 from model.llama import Llama
 from model.subject import Subject, load_subject
 from model.tokenizer import Tokenizer
-from study.comparison import report_comparison
-from study.config import Config, EvalConfig, parse, parse_eval
+from study.config import EvalConfig, parse, parse_eval
 from study.errors import LetheError, run_command
-from study.folder import newest_study, read_json, read_jsonl, seed_folders, write_json, write_jsonl
-from study.logging import RunLog, format_table, progress
-from study.plan import Run, cells_to_score, in_order
-from study.plots import draw_all
-from study.results import summary_table
+from study.folder import StudyFolder, newest_study, read_json, seed_folders, write_json, write_jsonl
+from study.logging import format_table, progress, say
+from study.plan import Run, cells_to_score
+from study.report import cell_file, report, trained_runs
+from study.settings import EvaluationConfig
+
+MOST_TOKENS = 4096  # of a benchmark's prompt: with five solved examples a few of MMLU's are longer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model and the tasks
 
 
-def choose_tasks(datasets: str | None, data_root: str, builtin_model: bool, strict: bool = False) -> dict[str, Task]:
+def choose_tasks(
+    datasets: str | None, data_root: str, builtin_model: bool, strict: bool = False, salvage: bool = False
+) -> dict[str, Task]:
     """--datasets → tasks by name. None or "all": the built-in tasks for the built-in model, else every prepared folder."""
     if datasets in (None, "all"):
         names = list(BUILTIN_TASKS) if builtin_model else [name for name in scan(data_root) if name not in BUILTIN_TASKS]
@@ -55,11 +66,44 @@ def choose_tasks(datasets: str | None, data_root: str, builtin_model: bool, stri
         names = [name.strip() for name in datasets.split(",") if name.strip()]
     if not names:
         raise LetheError("--datasets names no task")
-    tasks = [find_task(name, data_root, strict) for name in names]
+    tasks = [find_task(name, data_root, strict, salvage) for name in names]
     for name in {task.name for task in tasks}:
         if len({task.spec for task in tasks if task.name == name}) > 1:
             raise LetheError(f"--datasets names two different files {name!r}; give each a name of its own")
     return {task.name: task for task in tasks}
+
+
+def choose_columns(asked: EvaluationConfig | EvalConfig) -> dict[str, Benchmark]:
+    """The columns of general ability, by name, their items read: --mmlu, then --harness."""
+    specs = []
+    if asked.mmlu:
+        specs.append({"mmlu": asked.mmlu, "shots": asked.shots, "by": asked.mmlu_by, "max_items": asked.max_samples})
+    for name in filter(None, (word.strip() for word in (asked.harness or "").split(","))):
+        specs.append({"harness": name, "shots": asked.shots, "path": asked.harness_path, "max_items": asked.max_samples})
+    columns: dict[str, Benchmark] = {}
+    for column in (column for spec in specs for column in find_columns(spec)):
+        if column.name in columns:
+            raise LetheError(f"two columns of general ability are named {column.name}; give one of them, or other --shots")
+        columns[column.name] = column
+    return columns
+
+
+def find_columns(spec: dict) -> list[Benchmark]:
+    """The benchmark that a spec names (one of choose_columns', or of a study's record); a tag of the harness names several."""
+    if name := spec.get("harness"):
+        path = str(Path(spec["path"]).resolve()) if spec.get("path") else None
+        suites = load_harness([name], spec.get("shots"), path)
+        shots = "" if spec.get("shots") is None else f"_{spec['shots']}shot"
+        return [Benchmark(one.name + shots, [], one.fingerprint, {**spec, "path": path, "harness": one.name}, one) for one in suites]
+    if spec["mmlu"] == MINI_MMLU:
+        return [mini_mmlu(spec.get("max_items"))]
+    said, shots = spec.get("by") == "generate", spec.get("shots")
+    if shots is None:
+        shots = 0 if said else mmlu.usual_shots(spec["mmlu"])
+    column = mmlu.load_mmlu(spec["mmlu"], shots, spec.get("max_items"))
+    if said:
+        column = replace(column, name=f"{column.name}_generate", spec=column.spec | {"by": "generate"})
+    return [column]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,6 +137,45 @@ def score_task(
     return items
 
 
+def score_benchmark(
+    subject: Subject, column: Benchmark, *, batch_size: int = 64, quiet: bool = False, decoder: Decoder | None = None
+) -> list[dict]:
+    """One dict per item: subject, question, options, gold and extracted (letters), correct, and logprobs with answer_nll, or the output.
+
+    By the likelihood of the options (nats, summed over an option's tokens), by a generated answer, or as lm-evaluation-harness
+    says; with the adapter merged, as for tasks.
+    """
+    model, tokenizer = subject.model, subject.tokenizer
+    max_length = min(MOST_TOKENS, model.config.max_position_embeddings)
+    with nullcontext() if model.quantized else merged(model):
+        if column.suite is not None:
+            return score_suite(subject, column.suite, limit=column.spec.get("max_items"), batch_size=batch_size, quiet=quiet).items
+        with progress(len(column.items), f"score {column.name}", "items", enabled=not quiet) as bar:
+            if column.spec.get("by") == "generate":
+                prompts = [tokenizer.render_prompt(mmlu.chat_prompt(item)) for item in column.items]
+                prompts = [ids if len(ids) <= max_length else cut_middle(ids, max_length) for ids in prompts]
+                made = generate(model, prompts, mmlu.MAX_NEW_TOKENS, tokenizer.stop_ids, batch_size, bar.update, decoder)
+                outputs = [tokenizer.decode(ids).strip() for ids in made]
+                answers = [{"picked": mmlu.said_letter(output), "output": output} for output in outputs]
+            else:
+                questions, fit = as_questions(column.items, tokenizer, max_length)
+                if fit.lost_shots + fit.cut and not quiet:
+                    told = f"{fit.lost_shots} items go without some of their solved examples, {fit.cut} are cut in the middle"
+                    say(f"{column.name}: of the prompts beyond {max_length} tokens {told}")
+                answers = []
+                for item, found in zip(column.items, score_options(model, questions, on_done=bar.update), strict=True):
+                    logprobs = [one.logprob for one in found]
+                    picked = max(range(len(logprobs)), key=logprobs.__getitem__)  # the first of equals
+                    answers.append({"picked": picked, "logprobs": logprobs, "answer_nll": -logprobs[item.gold]})
+    items = []
+    for item, answer in zip(column.items, answers, strict=True):
+        picked = answer.pop("picked")
+        extracted = None if picked is None else chr(65 + picked)
+        items.append({"subject": item.subject, "question": item.question, "options": [text.strip() for text in item.options],
+                      "gold": chr(65 + item.gold), "extracted": extracted, "correct": picked == item.gold, **answer})  # fmt: skip
+    return items
+
+
 def as_ids(tokenizer: Tokenizer, records: list[Record], max_length: int) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts, their middle cut where they are longer, and reference answers."""
     prompts = [tokenizer.render_prompt(record.prompt) for record in records]
@@ -116,32 +199,18 @@ def differences_of(items: list[dict], others: list[dict]) -> dict:
 # A study
 
 
-def trained_runs(tree: Path) -> list[Run]:
-    """The finished runs of a study, as their manifests say, stage 1 first."""
-    found = [read_json(file) for file in sorted(tree.glob("**/run.json"))]
-    return in_reading_order([Run(**record["run"]) for record in found if record.get("status") == "done"])
-
-
-def in_reading_order(runs: list[Run]) -> list[Run]:
-    arms = in_order(run.arm for run in runs)
-    return sorted(runs, key=lambda run: (run.stage, run.first, run.second or "", arms.index(run.arm)))
-
-
-def cell_file(tree: Path, run: Run | None, task: str) -> Path:
-    return tree / (run.folder if run else "base") / "eval" / f"{task}.jsonl"
-
-
-def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, Task], only: set[str] | None = None) -> int:
-    """Scores every cell that has no file yet: the base and stage 1 on every task, stage 2 on its two. Returns how many."""
-    runs = [run for run in trained_runs(tree) if {run.first, run.second or run.first} <= set(tasks)]
-    cells = cells_by_run(runs, list(tasks), only)
+def score_study(bench: Bench, only: set[str] | None = None) -> int:
+    """Scores every cell without a file: base and stage 1 on every task, stage 2 on its two, all on the columns. Returns how many."""
+    tree, subject = bench.study.path, bench.subject
+    runs = [run for run in trained_runs(tree) if {run.first, run.second or run.first} <= set(bench.tasks)]
+    cells = cells_by_run(runs, list(bench.tasks), list(bench.columns), only)
     todo = [run for run, names in cells.items() if unscored(tree, run, names)]
     count = sum(len(missing(tree, run, names)) for run, names in cells.items())
-    decoder = Decoder(subject.model, config.evaluation.batch_size)  # one cache for all cells
+    decoder = Decoder(subject.model, bench.config.evaluation.batch_size)  # one cache for all cells
     for number, run in enumerate(todo, 1):
         header = "" if number > 1 else SCORING
         label = f"{number:3d}/{len(todo)} {run.folder if run else 'base':36s}"
-        score_run(tree, config, subject, tasks, run, cells[run], label, decoder, header)
+        score_run(bench, run, cells[run], label, decoder, header)
     put_on(subject.model, None)
     return count
 
@@ -149,9 +218,10 @@ def score_study(tree: Path, config: Config, subject: Subject, tasks: dict[str, T
 SCORING = "exact match after each run, on the tasks it concerns"
 
 
-def cells_by_run(runs: list[Run], tasks: list[str], only: set[str] | None = None) -> dict[Run | None, list[str]]:
-    """The tasks that each run is scored on; None is the base."""
-    cells = [(run, name) for run, name in cells_to_score(runs, tasks) if only is None or name in only]
+def cells_by_run(runs: list[Run], tasks: list[str], columns: list[str], only: set[str] | None = None) -> dict[Run | None, list[str]]:
+    """The tasks and columns that each run is scored on; None is the base."""
+    cells = [*cells_to_score(runs, tasks), *((run, name) for run in (None, *runs) for name in columns)]
+    cells = [(run, name) for run, name in cells if only is None or name in only]
     return {run: [name for other, name in cells if other == run] for run in dict.fromkeys(run for run, _ in cells)}
 
 
@@ -163,34 +233,36 @@ def unscored(tree: Path, run: Run | None, names: list[str]) -> bool:
     return bool(missing(tree, run, names)) or run is not None and bool(run.changes) and not (tree / run.folder / "dev.json").is_file()
 
 
-def score_run(
-    tree: Path, config: Config, subject: Subject, tasks: dict[str, Task], run: Run | None, names: list[str], label: str,
-    decoder: Decoder, header: str = "",
-) -> None:  # fmt: skip
-    """Scores what one run left (None: the base) on those of the tasks that have no file yet, and prints a line."""
+def score_run(bench: Bench, run: Run | None, names: list[str], label: str, decoder: Decoder, header: str = "") -> None:
+    """Scores what one run left (None: the base) on those of the tasks and columns that have no file yet, and prints a line."""
+    tree, config, subject = bench.study.path, bench.config, bench.subject
     if header:
         print(header)
     began, told = time.perf_counter(), []
     put_on(subject.model, tree / run.folder if run else None)
     for name in missing(tree, run, names):
-        items = score_task(
-            subject.model, subject.tokenizer, tasks[name], max_test=config.max_test, max_length=config.max_length,
-            max_new_tokens=config.evaluation.max_new_tokens, decoder=decoder,
-        )  # fmt: skip
+        if name in bench.columns:
+            items = score_benchmark(subject, bench.columns[name], batch_size=config.evaluation.batch_size, decoder=decoder)
+        else:
+            items = score_task(
+                subject.model, subject.tokenizer, bench.tasks[name], max_test=config.max_test, max_length=config.max_length,
+                max_new_tokens=config.evaluation.max_new_tokens, decoder=decoder,
+            )  # fmt: skip
         write_jsonl(cell_file(tree, run, name), items)
-        told.append(f"{name} {np.mean([item['exact_match'] for item in items]):6.1%}")
+        told.append(f"{name} {np.mean([item['correct'] for item in items if item['correct'] is not None]):6.1%}")
     if run is not None and run.changes:
-        measure(subject, tree, run, tasks, config)
+        measure(bench, run)
     print(f"{label}  {'  '.join(told)}  {time.perf_counter() - began:6.1f} s", flush=True)
 
 
-def measure(subject: Subject, tree: Path, run: Run, tasks: dict[str, Task], config: Config) -> None:
+def measure(bench: Bench, run: Run) -> None:
     """drift.json and dev.json of a run: how far it moved the model, and its nll on rows that are in neither train nor test.
 
     The KL to the base is on the test items' reference answers. dev.json: {task: mean over rows of the answers' mean nll}.
     """
-    model, tokenizer, folder = subject.model, subject.tokenizer, tree / run.folder
-    mine = {name: tasks[name] for name in (run.first, run.second) if name}
+    tree, config, model, tokenizer = bench.study.path, bench.config, bench.subject.model, bench.subject.tokenizer
+    folder = tree / run.folder
+    mine = {name: bench.tasks[name] for name in (run.first, run.second) if name}
     items = {}
     for name, task in mine.items():
         prompts, answers = as_ids(tokenizer, task.test[: config.max_test], config.max_length)
@@ -206,71 +278,6 @@ def measure(subject: Subject, tree: Path, run: Run, tasks: dict[str, Task], conf
     write_json(folder / "dev.json", dev)
 
 
-def result_rows(tree: Path, seed: int) -> list[dict]:
-    """All scored cells of one tree as rows {run, arm, stage, first, second, task, metric, value, low, high, n, unparsed, seed}."""
-    rows, order = [], list(read_json(tree / "study.json")["tasks"])
-    for run in [None, *(run for run in trained_runs(tree) if not run.changes)]:
-        folder = run.folder if run else "base"
-        who = {"run": folder, "arm": run.arm if run else "base", "stage": run.stage if run else 0,
-               "first": run.first if run else None, "second": run.second if run else None}  # fmt: skip
-        files = [tree / folder / "eval" / f"{task}.jsonl" for task in order]
-        for file in filter(Path.is_file, files):
-            rows += [{**who, "task": file.stem, **row, "seed": seed} for row in summarise(read_jsonl(file))]
-    return rows
-
-
-def report(root: Path, quiet: bool = False) -> list[dict]:
-    """Writes eval_results_mask.json and the pictures of a study (over its seeds too), logs them, prints the table.
-
-    The results of an optimizer study are study.comparison's.
-    """
-    trees = seed_folders(root)
-    compared = [run for run in trained_runs(trees[0]) if run.changes]
-    if compared:
-        report_comparison(root, quiet)
-        log_pictures(root, sorted((root / "logs").glob("*.png")))
-    if len(compared) == len(trained_runs(trees[0])) > 0:
-        return []
-    rows, dropped = [], {}
-    for tree in trees:
-        seed = read_json(tree / "study.json")["identity"]["settings"]["seed"]
-        mine = result_rows(tree, seed)
-        rows += mine
-        for file in tree.glob("**/run.json"):
-            record = read_json(file)
-            if record.get("status") == "done" and record["run"]["stage"] == 2:
-                dropped[record["run"]["folder"]] = dropped.get(record["run"]["folder"], 0.0) + record["mask"]["dropped_share"] / len(trees)
-        if tree != root:
-            write_json(tree / "eval_results_mask.json", {"results": mine})
-            draw_all(mine, tree / "performance_matrices_mask")
-    if not rows:
-        raise LetheError(f"{root}: nothing is scored yet; run python train.py first")
-    if not quiet:  # first: a folder that cannot be written to still has its table
-        print("\n" + summary_table(rows, dropped), flush=True)
-    pictures = draw_all(rows, root / "performance_matrices_mask")
-    log_pictures(root, pictures)
-    write_json(root / "eval_results_mask.json", {"results": rows})  # last: is_reported goes by it
-    if not quiet:
-        print(f"\nresults    {root / 'eval_results_mask.json'}")
-        print(f"pictures   {root / 'performance_matrices_mask'}/ ({len(pictures)})")
-        print(f"curves     tensorboard --logdir {root / 'tensorboard' if len(trees) == 1 else root}")
-    return rows
-
-
-def log_pictures(root: Path, pictures: list[Path]) -> None:
-    with RunLog(root, "study") as log:
-        for path in pictures:
-            log.picture(path.stem, path)
-
-
-def is_reported(root: Path) -> bool:
-    """True when results and pictures have been made since the last cell was scored."""
-    results = root / "eval_results_mask.json"
-    if not results.is_file():
-        results = root / "eval_results_optimizers.json"
-    return results.is_file() and all(file.stat().st_mtime_ns <= results.stat().st_mtime_ns for file in root.glob("**/eval/*.jsonl"))
-
-
 def evaluate_study(arguments: EvalConfig) -> None:
     root = Path(arguments.root) if arguments.root else newest_study("out")
     trees = seed_folders(root)
@@ -279,33 +286,52 @@ def evaluate_study(arguments: EvalConfig) -> None:
     print(f"study      {root}")
     only = {name.strip() for name in arguments.tasks.split(",")} if arguments.tasks else None
     record = read_json(trees[0] / "study.json")
+    if "batch" in record:
+        raise LetheError(f"{root} holds a batch of data sets; python train.py --datasets_folder … goes on with it and shows its table")
     known = record["tasks"]
     for name in sorted(only or ()):
-        if name not in known:
-            raise LetheError(f"--tasks: {name!r} is not in this study; it has {', '.join(known)}")
+        if name not in [*known, *record.get("columns", {})]:
+            raise LetheError(f"--tasks: {name!r} is not in this study; it has {', '.join([*known, *record.get('columns', {})])}")
     if not arguments.replot:
         config = parse(["--config", str(trees[0] / "config.yaml")])
         tasks = {name: find_task(**spec) for name, spec in known.items()}
-        for name, task in tasks.items():
-            if task.fingerprint != record["identity"]["data"].get(name):
+        columns = {column.name: column for spec in record.get("columns", {}).values() for column in find_columns(spec)}
+        for name, found in (tasks | columns).items():
+            if found.fingerprint != record["identity"]["data"].get(name):
                 raise LetheError(f"the data of {name} changed since this study was trained; restore it, or train anew with another --out")
+        for name, column in choose_columns(arguments).items():
+            if columns.setdefault(name, column).fingerprint != column.fingerprint:
+                raise LetheError(f"{name}: this study has it with other items or settings; leave out the flag, or see its study.json")
+        for tree in trees:
+            add_columns(tree, columns)
         dtype = arguments.dtype if arguments.dtype != "auto" else config.dtype
         memory = arguments.max_memory or config.max_memory
         subject = load_subject(record["model"], arguments.device, dtype, config.template, config.quantize, memory)
         if subject.model.fingerprint != record["identity"]["model"]:
             raise LetheError(f"{record['model']} is not the model that this study was trained on; its weights have changed")
         print(subject.about)
-        scored = sum(score_study(tree, config, subject, tasks, only) for tree in trees)
+        benches = [Bench(config, subject, tasks, StudyFolder(tree, read_json(tree / "study.json")), 0, columns=columns) for tree in trees]
+        scored = sum(score_study(bench, only) for bench in benches)
         print(f"scored     {scored} missing cell{'s' * (scored > 1)}" if scored else "scored     nothing: every cell was there")
     report(root)
 
 
+def add_columns(tree: Path, columns: dict[str, Benchmark]) -> None:
+    """Makes columns of general ability part of a study that was trained without them."""
+    record = read_json(tree / "study.json")
+    if set(columns) - set(record.get("columns", {})):
+        record["columns"] = record.get("columns", {}) | {name: column.spec for name, column in columns.items()}
+        record["identity"]["data"] |= {name: column.fingerprint for name, column in columns.items()}
+        write_json(tree / "study.json", record)
+
+
 def evaluate_model(arguments: EvalConfig) -> None:
-    """Any model, with or without an adapter, on any tasks."""
+    """Any model, with or without an adapter, on any tasks and columns of general ability."""
     subject = load_subject(
         arguments.model, arguments.device, arguments.dtype, arguments.template, arguments.quantize, arguments.max_memory
     )
-    tasks = choose_tasks(arguments.tasks or arguments.datasets, arguments.data_root, arguments.model == "nano")
+    columns, asked = choose_columns(arguments), arguments.tasks or arguments.datasets
+    tasks = {} if columns and not asked else choose_tasks(asked, arguments.data_root, arguments.model == "nano")
     print(subject.about)
     if arguments.adapter:
         load_adapter(subject.model, arguments.adapter)
@@ -323,6 +349,14 @@ def evaluate_model(arguments: EvalConfig) -> None:
         if arguments.no_merge:
             others = score_task(subject.model, subject.tokenizer, task, **settings, merge=False)
             unmerged[task.name] = differences_of(items, others)
+    for column in columns.values():
+        items = score_benchmark(subject, column, batch_size=arguments.batch_size)
+        for row in summarise_benchmark(items):
+            results.append({"model": arguments.model, "adapter": arguments.adapter, "task": column.name, **row})
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            rows.append([column.name, row["metric"], f"{row['value']:.3f}", interval, row["n"], row["unparsed"]])
+        if arguments.out:
+            write_jsonl(Path(arguments.out) / "eval" / f"{column.name}.jsonl", items)
     print(format_table(rows, ["task", "metric", "value", "95 % interval", "n", "unparsed"]))
     for name, found in unmerged.items():
         told = f"{found['outputs']} of {found['n']} outputs, {found['answers']} answers and {found['flips']} verdicts"

@@ -9,14 +9,16 @@ Read from `fit` (one optimizer step after another) to `train_run` (one adapter) 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import eval as evaluation
-from data.batching import Examples, Micro, collate, micro_tokens_of, step_indices, steps_of
-from data.folder import held_out
-from lora.layers import add_lora, dropout_keys
-from lora.resume import Learner, asked_checkpoint, resume, save_checkpoint
+from data.batching import Micro, collate, micro_tokens_of, step_indices, steps_of
+from data.folder import whole_file
+from lora.layers import dropout_keys
+from lora.resume import Learner, Tally, asked_checkpoint, resume, save_checkpoint
 from lora.states import put_on, save_state, state_fingerprint
-from masking.bench import Bench, masked_weights, show_masks
-from masking.inspect import masked_example, masked_markdown
+from masking.bench import Bench, begin, log_masked_examples, masked_weights, settings_of, show_masks
 from masking.outline import plan, plan_lines
 from masking.score import example_weights, micro_nll
 from masking.weights import policies
@@ -42,17 +43,20 @@ from model.llama import Llama
 from model.sharding import check_optimizers, gathered, idle_pass, is_sharded, load_sharded
 from model.subject import load_subject, resolve
 from optim.masters import collect_gradients, write_back
-from optim.parallel import ALONE, RankLost, Ranks, device_of, environment, start
+from optim.parallel import ALONE, RankLost, Ranks
 from optim.partition import optimizers_of, partition_lines
 from optim.schedule import lr_factor
-from study.config import changed, config_text, optimizer_arms, parse, parse_seeds, stage_config
+from study.batch import choose_chunk, task_names
+from study.batch_result import BatchResult
+from study.config import config_text, optimizer_arms, parse, parse_seeds
 from study.errors import LetheError, is_out_of_memory, run_command
 from study.folder import StudyFolder, expand_out, in_use, is_done, open_study, read_json, seed_folders, write_json
 from study.identity import identity_of
 from study.logging import RunLog, memory_gib, progress, say
-from study.plan import Run, title_of
-from study.queue import Job, Workers
-from study.settings import Config, OptimizerConfig, StageConfig
+from study.plan import Run, numbered, title_of
+from study.queue import Job, QueueError, gather
+from study.report import in_reading_order, is_reported, report, report_general, trained_runs
+from study.settings import Config
 from study.signals import Interrupted, stop_on_signal
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,66 +217,6 @@ def smaller_passes(model: Llama, parameters: list[nn.Parameter], micros: list[Mi
 # One run
 
 
-@dataclass
-class Tally:
-    """What the steps of a run add up to. A checkpoint carries it, so that a resumed run reports as one that was never cut."""
-
-    micro_tokens: int
-    tokens: int = 0
-    seconds: float = 0.0
-    outcomes: dict[str, int] = field(default_factory=dict)
-    kept: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # since the last logged line
-    last_loss: float = math.nan  # the mean of those of the line before, there and in TensorBoard
-    steps: list[Step] = field(default_factory=list)  # whose losses are still on the device
-
-    def add(self, step: Step) -> None:
-        self.micro_tokens, self.tokens = step.micro_tokens, self.tokens + step.tokens
-        self.outcomes[step.outcome] = self.outcomes.get(step.outcome, 0) + 1
-        self.kept.append(step.kept)
-        self.steps.append(step)
-
-    def read(self) -> None:
-        """Brings the losses to the host, which waits for the device. Raises LetheError where one is not finite."""
-        self.losses += [step.loss for step in self.steps]
-        self.steps = []
-
-    def close_line(self) -> None:
-        self.read()
-        self.last_loss, self.losses = float(np.mean(self.losses)), []
-
-    def state(self) -> dict:
-        self.read()
-        return {name: value for name, value in self.__dict__.items() if name != "steps"}
-
-
-def settings_of(bench: Bench, run: Run) -> tuple[StageConfig, int | None, OptimizerConfig]:
-    """(settings, max_train, optimizer) of one run: its stage's and its arm's, with what is the run's own."""
-    config = changed(bench.config, run.changes)
-    settings, max_train = stage_config(config, run.stage, run.mask)
-    if run.changes:  # arms are chosen among by rows that none of them has seen
-        max_train = held_out(bench.tasks[run.task], max_train)[0]
-    return settings, max_train, config.optimizer
-
-
-def begin(bench: Bench, run: Run) -> list[tuple[str, nn.Parameter]]:
-    """Puts on the model what the run starts from, and returns what it trains: the factors of its adapter, or every weight."""
-    config, model = bench.config, bench.trained
-    parent = None if run.parent is None else bench.study.dir(run.parent)
-    if config.full:
-        put_on(model, parent)
-        model.requires_grad_(True)
-        model.altered = True
-        return list(model.named_parameters())
-    if parent is None:
-        put_on(model, None)
-        add_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets, config.lora.rslora,
-                 torch.Generator().manual_seed(bench.seed))  # fmt: skip
-    else:
-        put_on(model, parent, dropout=config.lora.dropout)
-    return list(model.adapter.stacks.items())
-
-
 def train_run(bench: Bench, run: Run, label: str) -> None:
     """Trains one run from its newest checkpoint on, and writes what it leaves, its log and, last, its manifest run.json."""
     config, model, folder, ranks = bench.config, bench.trained, bench.study.dir(run.folder), bench.ranks
@@ -407,15 +351,6 @@ def held_out_scores(bench: Bench, run: Run) -> dict[str, float]:
     return values
 
 
-def log_masked_examples(bench: Bench, log: RunLog, examples: Examples, nll: np.ndarray | None, weights: np.ndarray | None) -> None:
-    """Two examples with their dropped tokens struck through, and the histogram of token perplexities."""
-    if nll is not None:
-        log.histogram("mask/log10_perplexity", nll / np.log(10))
-    if weights is not None:
-        for index in range(min(2, len(examples))):
-            log.text(f"mask/example_{index}", masked_markdown(*masked_example(examples, index, nll, weights, bench.subject.tokenizer)))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole study
 
@@ -427,14 +362,24 @@ def run_study(config: Config, argv: list[str]) -> None:
     for note in config.notes:
         tell(note)
     load_config(find_model(config.model.name))  # before the data: a wrong name is told as such
-    tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict)
+    chunk, files = None, []
+    if config.study == "batch":
+        if ranks.world > 1:
+            raise LetheError("--datasets_folder gives each process data sets of its own: add --shard runs")
+        chunk, files = choose_chunk(config.datasets_folder, config.chunk, terminal=False if workers.shared else None)
+        tasks = {name: whole_file(name, file, config.strict, config.salvage) for file, name in task_names(files).items()}
+    else:
+        tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict, config.salvage)
+    columns = evaluation.choose_columns(config.evaluation)
+    if both := sorted(set(tasks) & set(columns)):
+        raise LetheError(f"{both[0]} is both a data set and a column of general ability; rename the data set")
     runs = plan(config, list(tasks))
     if asked := config.resume_stage1 or config.resume_stage2:
         if not any(asked_checkpoint(config, run) for run in runs):
             raise LetheError(f"{asked} is the checkpoint of no run of this study; give its task and optimizer, or another checkpoint")
     involved = {name for run in runs for name in (run.first, run.second)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
-    root = expand_out(config.out, config.model.name)
+    root = expand_out(config.out, config.model.name) / (chunk or "")
     device, dtype, _ = resolve(config.device if ranks.device is None else str(ranks.device), config.dtype)
     trained = None
     if config.shard == "model":
@@ -451,22 +396,34 @@ def run_study(config: Config, argv: list[str]) -> None:
     resolved = replace(config, dtype=str(subject.model.dtype).removeprefix("torch."), template=subject.tokenizer.template)
     if (root / "study.json").is_file() if config.seeds else seed_folders(root) != [root]:
         raise LetheError(f"{root} holds a study of {'one seed' if config.seeds else 'several seeds'}; choose another folder with --out")
-    worked = 0
+    worked, batches = 0, []
     for seed in parse_seeds(config):
         tree = root if config.seeds is None else root / f"seed{seed}"
-        identity = identity_of(resolved, subject.model.fingerprint, {name: task.fingerprint for name, task in tasks.items()}, seed)
-        specs = {name: {"name": task.spec, "data_root": str(Path(config.data_root).resolve())} for name, task in tasks.items()}
-        more = {"tasks": specs, "model": config.model.name, "template": subject.tokenizer.template}
+        # The files of a batch are no part of what it is: one that is added, mended or changed since is trained on (anew).
+        known = columns if chunk else tasks | columns
+        identity = identity_of(resolved, subject.model.fingerprint, {name: found.fingerprint for name, found in known.items()}, seed)
+        specs = {name: {"name": task.spec, "data_root": str(Path(config.data_root).resolve()), "salvage": config.salvage}
+                 for name, task in tasks.items()}  # fmt: skip
+        more = {"tasks": {} if chunk else specs, "model": config.model.name, "template": subject.tokenizer.template,
+                "columns": {name: column.spec for name, column in columns.items()}}  # fmt: skip
+        if chunk:
+            more["batch"] = {name: task.fingerprint for name, task in tasks.items()}
         with ranks.main_first(), workers.main_first(f"seed{seed}"):
             mine = ranks.main and workers.main
+            if chunk and mine:
+                forget_changed(tree, more["batch"])
             study = open_study(tree, resolved, identity, more, argv) if mine else StudyFolder(tree, read_json(tree / "study.json"))
-            bench = Bench(config, subject, tasks, study, seed, ranks, trained or subject.model, workers.check, tell)
+            bench = Bench(config, subject, tasks, study, seed, ranks, trained or subject.model, workers.check, tell, columns=columns)
             shown = plan_lines(bench, runs)  # which makes the tokens of every task
         if config.inspect:
             show_masks(bench, runs)
             continue
         tell(f"\nstudy      {tree}   seed {seed}\n{shown}")
         jobs = jobs_of(bench, runs)
+        if chunk:
+            of = [(run.task, file, run.folder) for run, file in zip(runs, files, strict=True)]
+            batches.append(BatchResult(tree, chunk, of, list(columns)[0], config.evaluation.max_samples))
+            jobs = one_by_one(bench, runs, jobs, None if workers.shared else batches[-1].save)
         worked += sum(not job.done for job in jobs)
         with in_use(tree) if mine else nullcontext():
             workers.do(f"seed{seed}", jobs)
@@ -474,22 +431,16 @@ def run_study(config: Config, argv: list[str]) -> None:
     ranks.stop()
     if config.inspect or not (ranks.main and workers.main):
         return
-    if not worked and evaluation.is_reported(root):
+    if not worked and not chunk and is_reported(root):
         print(f"nothing to do: every run is trained and every cell is scored; python eval.py --root {root} shows the results")
         return
-    evaluation.report(root)
+    for batch in batches:
+        batch.report()
+    if chunk:
+        report_general(root, seed_folders(root), root, quiet=len(columns) == 1)
+    else:
+        report(root)
     print(f"took       {time.perf_counter() - began:.0f} s")
-
-
-def gather(config: Config) -> tuple[Ranks, Workers]:
-    """This process's place among torchrun's: ranks that share every step, or (--shard runs) workers that share the runs."""
-    try:
-        rank, world, local = environment()
-        if config.shard == "runs" and world > 1:
-            return Ranks(device=device_of(config.device, world, local)), Workers(rank, world)
-        return start(config.device) if world > 1 else ALONE, Workers()
-    except ValueError as error:
-        raise LetheError(str(error)) from error
 
 
 def jobs_of(bench: Bench, runs: list[Run]) -> list[Job]:
@@ -504,24 +455,64 @@ def jobs_of(bench: Bench, runs: list[Run]) -> list[Job]:
         needs += [f"lora_base/{run.second}"] if "adapter_nll" in known.get(run.mask, ()) else []
         jobs.append(Job(run.folder, needs, run not in todo, partial(train_run, bench, run, labels.get(run, ""))))
     here = [run for run in runs if done[run] or run in todo]
-    here += [run for run in evaluation.trained_runs(tree) if run not in runs and {run.first, run.second or run.first} <= set(bench.tasks)]
+    here += [run for run in trained_runs(tree) if run not in runs and {run.first, run.second or run.first} <= set(bench.tasks)]
     asked = config.evaluation.tasks
     only = {name.strip() for name in asked.split(",")} if asked else None
-    cells = evaluation.cells_by_run(evaluation.in_reading_order(here), list(bench.tasks), only)
+    scored = [] if config.study == "batch" else list(bench.tasks)  # a batch trains on all rows and has none to test
+    cells = evaluation.cells_by_run(in_reading_order(here), scored, list(bench.columns), only)
     missing = [run for run, names in cells.items() if run in todo or evaluation.unscored(tree, run, names)] if bench.ranks.main else []
     labels = numbered(missing, [run.folder if run else "base" for run in missing])
     decoder = Decoder(bench.subject.model, config.evaluation.batch_size)  # one cache for all cells
     for run, names in cells.items():
         header = evaluation.SCORING if missing[:1] == [run] else ""
-        work = partial(evaluation.score_run, tree, config, bench.subject, bench.tasks, run, names, labels.get(run, ""), decoder, header)
+        work = partial(evaluation.score_run, bench, run, names, labels.get(run, ""), decoder, header)
         jobs.append(Job(f"score {run.folder if run else 'base'}", [run.folder] if run else [], run not in missing, work))
     return jobs
 
 
-def numbered(runs: list, names: list[str]) -> dict:
-    """{run: "  3/12 its name"}, all of one width."""
-    wide = max(map(len, names), default=0)
-    return {run: f"{number:3d}/{len(runs)} {name:{wide}s}" for number, (run, name) in enumerate(zip(runs, names, strict=True), 1)}
+# ----------------------------------------------------------------------------------------------------------------------
+# A batch of data sets
+
+
+def forget_changed(tree: Path, data: dict[str, str]) -> None:
+    """Removes what was made of files that have changed since: their rows of the batch are made anew. data: fingerprints by name."""
+    before = read_json(tree / "study.json", default={}).get("batch", {})
+    for name in sorted(data):
+        if before.get(name, data[name]) != data[name]:
+            print(f"changed    {name}: its file is another one than before, so it is trained on anew")
+            shutil.rmtree(tree / "lora_base" / name, ignore_errors=True)
+
+
+def one_by_one(bench: Bench, runs: list[Run], jobs: list[Job], save: Callable[[], None] | None) -> list[Job]:
+    """The jobs of a batch: the base, then every data set trained and scored at once, its row saved; one that fails is left behind."""
+    known = {job.name: job for job in jobs}
+    ordered = [known["score base"]]
+    for run in runs:
+        for job in filter(None, (known.get(run.folder), known.get(f"score {run.folder}"))):
+            ordered.append(job._replace(work=partial(attempt, bench, run, job, save)))
+    return ordered
+
+
+def attempt(bench: Bench, run: Run, job: Job, save: Callable[[], None] | None) -> None:
+    """Does a job of a batch. What stops it is noted in failed.json, and what it held in memory is given back."""
+    folder, trains = bench.study.dir(run.folder), job.name == run.folder
+    if not trains and not is_done(folder):
+        return  # its training failed
+    try:
+        job.work()
+        (folder / "failed.json").unlink(missing_ok=True)
+    except (QueueError, RankLost):
+        raise
+    except (LetheError, OSError, RuntimeError, MemoryError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        write_json(folder / "failed.json", {"reason": reason, "traceback": traceback.format_exc()})
+        bench.tell(f"failed     {run.task}: {reason}")
+    put_on(bench.subject.model, None)
+    gc.collect()
+    if bench.subject.model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if save and not (trains and is_done(folder)):  # once it is scored, or has failed
+        save()
 
 
 def main(argv: list[str] | None = None) -> int:

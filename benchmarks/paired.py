@@ -18,11 +18,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, from anywhere
 
 from benchmarks.common import finish  # noqa: E402
-from eval import cell_file, trained_runs  # noqa: E402
 from metrics.statistics import compare_items  # noqa: E402
 from study.errors import LetheError, run_command  # noqa: E402
 from study.folder import read_jsonl  # noqa: E402
 from study.logging import format_table  # noqa: E402
+from study.report import cell_file, trained_runs  # noqa: E402
 
 
 def paired_items(one: Path, other: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

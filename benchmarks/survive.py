@@ -36,7 +36,7 @@ PHASES = {
     "save": "train:save_checkpoint",
     "scoring": "masking.bench:score_examples",
     "evaluation": "eval:score_task",
-    "report": "eval:report",
+    "report": "train:report",
 }
 TASKS = ("mini_svamp", "mini_simpleqa")
 SETTINGS = ["--max_train", "32", "--max_test", "4", "--epochs", "3", "--batch_size", "8", "--gradient_accumulation", "1",
@@ -104,7 +104,7 @@ def work(words: list[str], log: str, marks: str, place: Place | None, changes: s
     def mark(sign: str, phase: str) -> None:
         os.write(trace, f"{time.perf_counter()} {sign} {phase}\n".encode())
 
-    import eval as evaluation
+    import study.report
     import train
 
     if place is not None:
@@ -112,7 +112,7 @@ def work(words: list[str], log: str, marks: str, place: Place | None, changes: s
         wrap(PHASES.get(place.where, place.where), *sides)
     for phase, where in PHASES.items():
         wrap(where, lambda _, phase=phase: mark(">", phase), lambda _, phase=phase: mark("<", phase))
-    evaluation.draw_all = lambda rows, folder: []  # pictures take longer than all the rest
+    study.report.draw_all = lambda rows, folder: []  # pictures take longer than all the rest
     if changes:
         module, _, name = changes.partition(":")
         getattr(importlib.import_module(module), name)()

@@ -57,7 +57,8 @@ def held_out(task: Task, max_train: int | None, most: int = 200) -> tuple[int, l
 
 def task_modules() -> list[str]:
     """Names of the tasks that python -m data.prepare can make."""
-    return sorted(path.stem for path in (Path(__file__).parent / "tasks").glob("[!_]*.py"))
+    files = (Path(__file__).parent / "tasks").glob("[!_]*.py")
+    return sorted(path.stem for path in files if "def to_alpaca(" in path.read_text(encoding="utf-8"))  # others are benchmarks
 
 
 def scan(data_root: str | Path = "data") -> list[str]:
@@ -71,14 +72,15 @@ def train_file(root: Path, name: str) -> Path:
     return root / name / f"{name}_remaining_train.json"
 
 
-def find_task(name: str, data_root: str | Path = "data", strict: bool = False) -> Task:
+def find_task(name: str, data_root: str | Path = "data", strict: bool = False, salvage: bool = False) -> Task:
     """A task by its name, or a file as "name=train.jsonl" or "name=train.jsonl:test.jsonl".
 
     Without a test file, "{stem}_test" beside the train file is taken, else a tenth of its rows (seeded, 1 to 500) is
-    held back. LetheError for an unknown name, a missing test file, or a file with nothing to train on.
+    held back. salvage: of a file that is cut off, its whole leading rows. LetheError for an unknown name, a missing test file, or a
+    file with nothing to train on.
     """
     if "=" in name:
-        return _given(*name.split("=", 1), strict)
+        return _given(*name.split("=", 1), strict, salvage)
     if name in BUILTIN_TASKS:
         return _builtin(name)
     root = Path(data_root)
@@ -87,14 +89,11 @@ def find_task(name: str, data_root: str | Path = "data", strict: bool = False) -
         test, replay = train.with_name(f"{name}_test.json"), train.with_name(f"{name}_train_1p.json")
         if not test.is_file():
             raise LetheError(f"{test}: no such file, so {name} cannot be scored; prepare the task again or write one")
-        return _task(name, name, train, test, replay if replay.is_file() else None, strict)
+        return _task(name, name, train, test, replay if replay.is_file() else None, strict, salvage)
     known = scan(root)
     near = difflib.get_close_matches(name, [*known, *task_modules()], 3, 0.5)
     if name in task_modules():
-        raise LetheError(
-            f"task {name} is not prepared: {train} is missing; "
-            f"run python -m data.prepare {name} --out {root} [--source PATH]"
-        )
+        raise LetheError(f"task {name} is not prepared: {train} is missing; run python -m data.prepare {name} --out {root} [--source PATH]")
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     if Path(name).is_file():
         hint = f"; a file needs a name: --datasets mine={name}."
@@ -119,16 +118,26 @@ def fingerprint_files(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def _task(name: str, spec: str, train: Path, test: Path, replay: Path | None, strict: bool) -> Task:
+def whole_file(name: str, path: Path, strict: bool = False, salvage: bool = False) -> Task:
+    """A file whose rows are all trained on, with none held back. What is wrong with it is told when its rows are read."""
+    try:
+        fingerprint = fingerprint_files(path)
+    except OSError as error:
+        fingerprint = f"unreadable: {error.strerror or error}"
+    spec = f"{name}={path.resolve()}"
+    return Task(name, "text", 256, functools.partial(iter_records, path, strict, salvage=salvage), [], fingerprint, spec, train_path=path)
+
+
+def _task(name: str, spec: str, train: Path, test: Path, replay: Path | None, strict: bool, salvage: bool) -> Task:
     report = Report()
     return Task(
         name,
         *_scoring(name),
-        train=functools.partial(iter_records, train, strict),
-        test=load_records(test, strict, report),
+        train=functools.partial(iter_records, train, strict, salvage=salvage),
+        test=load_records(test, strict, report, salvage),
         fingerprint=fingerprint_files(train, test, *([replay] if replay else [])),
         spec=spec,
-        replay=functools.partial(iter_records, replay, strict) if replay else None,
+        replay=functools.partial(iter_records, replay, strict, salvage=salvage) if replay else None,
         train_path=train,
         test_report=report,
     )
@@ -156,48 +165,52 @@ def _builtin(name: str) -> Task:
     )
 
 
-def _given(name: str, files: str, strict: bool) -> Task:
+def _given(name: str, files: str, strict: bool, salvage: bool) -> Task:
     """A file the user names: name=train or name=train:test."""
     if not _NAME.fullmatch(name):
         raise LetheError(f"{name!r} cannot name a task: letters, digits, '_', '.' and '-' only (it becomes a folder)")
     train, _, test = files.rpartition(":") if ":" in files and not Path(files).is_file() else (files, "", "")
     path = Path(train)
     if not path.is_file():
-        raise LetheError(
-            f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'} (given as {name}={files})"
-        )
+        raise LetheError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'} (given as {name}={files})")
     beside = path.with_name(f"{path.stem}_test{path.suffix}")
     if test or beside.is_file():
         other = Path(test) if test else beside
-        return _task(name, f"{name}={path.resolve()}:{other.resolve()}", path, other, None, strict)
-    rows = _count_rows(path, strict)
+        return _task(name, f"{name}={path.resolve()}:{other.resolve()}", path, other, None, strict, salvage)
+    rows = _count_rows(path, strict, salvage)
     if rows < 2:
         raise LetheError(f"{path}: one row only, none is left for testing; give {name}={path}:TEST_FILE")
     count = min(TEST_MOST, max(1, int(rows * TEST_SHARE)))
     held = frozenset(random.Random(SPLIT_SEED).sample(range(rows), count))
     report = Report()
-    test_records = [record for row, record in _by_row(path, strict, report) if row in held]
+    test_records = [record for row, record in _by_row(path, strict, salvage, report) if row in held]
     asked = frozenset(_prompt_key(record) for record in test_records)
-    train_of = functools.partial(_not_held, path, held, asked, strict)
+    train_of = functools.partial(_not_held, path, held, asked, strict, salvage)
     if next(train_of(), None) is None:
         raise LetheError(f"{path}: every prompt also occurs in the held-back tenth; give {name}={path}:TEST_FILE")
     return Task(
-        name, *_scoring(name), train_of, test_records, fingerprint_files(path), f"{name}={path.resolve()}",
-        train_path=path, test_report=report,
+        name,
+        *_scoring(name),
+        train_of,
+        test_records,
+        fingerprint_files(path),
+        f"{name}={path.resolve()}",
+        train_path=path,
+        test_report=report,
     )
 
 
-def _by_row(path: Path, strict: bool, report: Report | None = None) -> Iterator[tuple[int, Record]]:
+def _by_row(path: Path, strict: bool, salvage: bool, report: Report | None = None) -> Iterator[tuple[int, Record]]:
     """(index of the row, record): the records of one conversation must not part into train and test."""
     index, last = -1, None
-    for record in iter_records(path, strict, report):
+    for record in iter_records(path, strict, report, salvage):
         index, last = index + (record.source != last), record.source
         yield index, record
 
 
-def _count_rows(path: Path, strict: bool) -> int:
+def _count_rows(path: Path, strict: bool, salvage: bool) -> int:
     index = -1
-    for index, _ in _by_row(path, strict):  # noqa: B007  only the last index is wanted
+    for index, _ in _by_row(path, strict, salvage):  # noqa: B007  only the last index is wanted
         pass
     return index + 1
 
@@ -207,8 +220,8 @@ def _prompt_key(record: Record) -> str:
 
 
 def _not_held(
-    path: Path, held: frozenset[int], asked: frozenset[str], strict: bool, report: Report | None = None
+    path: Path, held: frozenset[int], asked: frozenset[str], strict: bool, salvage: bool, report: Report | None = None
 ) -> Iterator[Record]:
-    for row, record in _by_row(path, strict, report):
+    for row, record in _by_row(path, strict, salvage, report):
         if row not in held and _prompt_key(record) not in asked:
             yield record

@@ -67,11 +67,7 @@ class _Bad(ValueError):
 
 
 def _text(value: object, name: str, required: bool = True) -> str:
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(part, dict) and part.get("type") == "text" for part in value)
-    ):
+    if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join(str(part.get("text", "")) for part in value)  # messages whose content comes in parts
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
@@ -105,9 +101,7 @@ def _conversation(turns: object, name: str, system: object = None) -> list[tuple
         role = _ROLES.get(tag) if isinstance(tag, str) else None
         if role is None:
             raise _Bad(f"turn {number} has the unknown role {tag!r}")
-        content = _text(
-            turn.get("content", turn.get("value")), "answer" if role == "assistant" else f"text in turn {number}"
-        )
+        content = _text(turn.get("content", turn.get("value")), "answer" if role == "assistant" else f"text in turn {number}")
         before = done[-1][0] if done else None
         allowed = {"user": (None, "system", "assistant"), "assistant": ("user",), "system": (None,)}
         if before not in allowed[role]:
@@ -131,11 +125,7 @@ def _alpaca(row: dict) -> list[tuple[Turns, str]]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise _Bad("history is not a list of [question, answer]")
-    turns = [
-        {"role": role, "content": text}
-        for pair in history
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    turns = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
     turns += [{"role": "user", "content": user}, {"role": "assistant", "content": _text(row.get("output"), "output")}]
     return _conversation(turns, "history", row.get("system"))
 
@@ -207,11 +197,12 @@ def to_records(row: object, where: str, report: Report, strict: bool = False) ->
             yield Record(*example, source=where, group=group)
 
 
-def iter_records(path: str | Path, strict: bool = False, report: Report | None = None) -> Iterator[Record]:
+def iter_records(path: str | Path, strict: bool = False, report: Report | None = None, salvage: bool = False) -> Iterator[Record]:
     """The records of a file (json array, json lines, parquet), streaming.
 
     Bad rows are counted in the report and dropped; strict makes the first one a LetheError. A file that is empty,
-    damaged or gives no record at all is a LetheError in any case.
+    damaged or gives no record at all is a LetheError in any case; salvage takes the whole rows before the byte at which a file
+    is cut off or damaged, and the report says what was lost (which strict forbids).
     """
     report = Report() if report is None else report
     report.path = str(path)
@@ -223,13 +214,13 @@ def iter_records(path: str | Path, strict: bool = False, report: Report | None =
             raise LetheError(f"{where}: {reason}")
         report.drop(where, reason)
 
-    for where, row in iter_rows(path, on_bad):
+    for where, row in iter_rows(path, on_bad, salvage):
         yield from to_records(row, where, report, strict)
     if report.kept == kept_before:
         first = f"; the first: {report.dropped[0][0]}: {report.dropped[0][1]}" if report.dropped else ""
         raise LetheError(f"{path}: no row to train on among {report.rows}{first}")
 
 
-def load_records(path: str | Path, strict: bool = False, report: Report | None = None) -> list[Record]:
+def load_records(path: str | Path, strict: bool = False, report: Report | None = None, salvage: bool = False) -> list[Record]:
     """All records of a file; see iter_records."""
-    return list(iter_records(path, strict, report))
+    return list(iter_records(path, strict, report, salvage))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +55,39 @@ class Learner:
             master.copy_(tensors.pop(f"master.{i}"))
         unpack(self.optimizers, tensors, state, self.scaler)
         write_back(self.parameters, self.masters)
+
+
+@dataclass
+class Tally:
+    """What the steps of a run add up to. A checkpoint carries it, so that a resumed run reports as one that was never cut."""
+
+    micro_tokens: int
+    tokens: int = 0
+    seconds: float = 0.0
+    outcomes: dict[str, int] = field(default_factory=dict)
+    kept: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # since the last logged line
+    last_loss: float = math.nan  # the mean of those of the line before, there and in TensorBoard
+    steps: list[Any] = field(default_factory=list)  # whose losses are still on the device
+
+    def add(self, step: Any) -> None:
+        self.micro_tokens, self.tokens = step.micro_tokens, self.tokens + step.tokens
+        self.outcomes[step.outcome] = self.outcomes.get(step.outcome, 0) + 1
+        self.kept.append(step.kept)
+        self.steps.append(step)
+
+    def read(self) -> None:
+        """Brings the losses to the host, which waits for the device. Raises LetheError where one is not finite."""
+        self.losses += [step.loss for step in self.steps]
+        self.steps = []
+
+    def close_line(self) -> None:
+        self.read()
+        self.last_loss, self.losses = float(np.mean(self.losses)), []
+
+    def state(self) -> dict:
+        self.read()
+        return {name: value for name, value in self.__dict__.items() if name != "steps"}
 
 
 def save_checkpoint(

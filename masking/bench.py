@@ -7,22 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import nn
 
 from data.batching import Examples, tokenize
-from data.folder import Task
+from data.benchmarks import Benchmark
+from data.folder import Task, held_out
 from data.records import Report
+from lora.layers import add_lora
 from lora.states import put_on, state_fingerprint
-from masking.inspect import as_page, in_terminal, masked_example
+from masking.inspect import as_page, in_terminal, masked_example, masked_markdown
 from masking.score import dataset_weights, score_examples
 from masking.weights import policies
 from model.llama import Llama
 from model.subject import Subject
 from optim.parallel import ALONE, Ranks
-from study.config import Config, stage_config
+from study.config import Config, changed, stage_config
 from study.errors import LetheError
 from study.folder import StudyFolder, is_done, write_text
-from study.logging import progress
+from study.logging import RunLog, progress
 from study.plan import Run, arm_label
+from study.settings import OptimizerConfig, StageConfig
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Bench:
     check: Callable[[], None] = lambda: None  # raises where another worker has taken the run over
     tell: Callable = print  # for the one process that speaks for all
     told: list = field(default_factory=list)  # what is printed once for all runs
+    columns: dict[str, Benchmark] = field(default_factory=dict)  # of general ability: every model is scored on them
 
     def examples(self, task: str, max_train: int | None) -> Examples:
         """The task's training examples, tokenised once and mapped from the study folder."""
@@ -61,6 +67,33 @@ class Bench:
                 "direction": m.direction, "match": m.match, "tau": m.tau}  # fmt: skip
 
 
+def settings_of(bench: Bench, run: Run) -> tuple[StageConfig, int | None, OptimizerConfig]:
+    """(settings, max_train, optimizer) of one run: its stage's and its arm's, with what is the run's own."""
+    config = changed(bench.config, run.changes)
+    settings, max_train = stage_config(config, run.stage, run.mask)
+    if run.changes:  # arms are chosen among by rows that none of them has seen
+        max_train = held_out(bench.tasks[run.task], max_train)[0]
+    return settings, max_train, config.optimizer
+
+
+def begin(bench: Bench, run: Run) -> list[tuple[str, nn.Parameter]]:
+    """Puts on the model what the run starts from, and returns what it trains: the factors of its adapter, or every weight."""
+    config, model = bench.config, bench.trained
+    parent = None if run.parent is None else bench.study.dir(run.parent)
+    if config.full:
+        put_on(model, parent)
+        model.requires_grad_(True)
+        model.altered = True
+        return list(model.named_parameters())
+    if parent is None:
+        put_on(model, None)
+        add_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets, config.lora.rslora,
+                 torch.Generator().manual_seed(bench.seed))  # fmt: skip
+    else:
+        put_on(model, parent, dropout=config.lora.dropout)
+    return list(model.adapter.stacks.items())
+
+
 def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarray | None, dict, np.ndarray | None]:
     """(weights, statistics, nll) of a run's completions. Weights are None for --reference online: the loop decides them."""
     masking = bench.config.masking
@@ -73,6 +106,15 @@ def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarr
     other = bench.scores(f"lora_base/{run.second}", examples) if "adapter_nll" in policies()[run.arm] else None
     weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, masking.mask_end, bench.seed)
     return weights, stats, nll
+
+
+def log_masked_examples(bench: Bench, log: RunLog, examples: Examples, nll: np.ndarray | None, weights: np.ndarray | None) -> None:
+    """Two examples with their dropped tokens struck through, and the histogram of token perplexities."""
+    if nll is not None:
+        log.histogram("mask/log10_perplexity", nll / np.log(10))
+    if weights is not None:
+        for index in range(min(2, len(examples))):
+            log.text(f"mask/example_{index}", masked_markdown(*masked_example(examples, index, nll, weights, bench.subject.tokenizer)))
 
 
 def show_masks(bench: Bench, runs: list[Run]) -> None:

@@ -14,11 +14,13 @@ from study.config import Config, optimizer_arms, stage_config
 from study.errors import LetheError
 from study.folder import is_done
 from study.logging import format_table
-from study.plan import Run, nearest, parse_arms, plan_runs
+from study.plan import Run, nearest, parse_arms, plan_batch, plan_runs
 
 
 def plan(config: Config, tasks: list[str]) -> list[Run]:
     """The runs of the study, parents before children. Settings under which one of them could not run are told now."""
+    if config.study == "batch":
+        return plan_batch(tasks)
     compared = optimizer_arms(config)
     if compared is not None:
         rates = {name: [rate for other, rate in compared if other == name] for name, _ in compared}
@@ -51,6 +53,14 @@ def plan_lines(bench: Bench, runs: list[Run]) -> str:
     source = ", ".join(os.path.relpath(path) for path in config.sources) or "the defaults"
     lora = f"LoRA r {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}"
     lines = [f"settings   {source}; {'all weights are trained' if config.full else lora}"]
+    done = sum(is_done(bench.study.dir(run.folder)) for run in runs)
+    left = f"; the other {len(runs) - done} are not trained, as asked" if config.skip_training and done < len(runs) else ""
+    planned = f"plan       {len(runs)} run{'s' * (len(runs) > 1)}, {done} of them done before{left}"
+    columns = [f"{column.name} ({len(column.items) or 'all'} items)" for column in bench.columns.values()]
+    if columns:
+        lines.append(f"columns    {', '.join(columns)}: general ability, scored beside the tasks and never trained on")
+    if config.study == "batch":  # whose files are read one by one, when their turn comes
+        return "\n".join([*lines, planned])
     stages = sorted({run.stage for run in runs})
     table, bad = [], []
 
@@ -72,7 +82,4 @@ def plan_lines(bench: Bench, runs: list[Run]) -> str:
     headers = ["task", "train", "test", "median tokens", "answer tokens", "cut prompts", "too long", "bad rows"]
     lines.append(format_table(table, headers + [f"stage {stage} steps" for stage in stages]))
     lines += [f"bad row    {line}" for line in list(dict.fromkeys(bad))[:20]]
-    done = sum(is_done(bench.study.dir(run.folder)) for run in runs)
-    left = f"; the other {len(runs) - done} are not trained, as asked" if config.skip_training and done < len(runs) else ""
-    lines.append(f"plan       {len(runs)} run{'s' * (len(runs) > 1)}, {done} of them done before{left}")
-    return "\n".join(lines)
+    return "\n".join([*lines, planned])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from metrics.classification import weighted_scores
-from metrics.statistics import mean_interval, wilson_interval
+from metrics.statistics import Z, mean_interval, wilson_interval
 
 
 def summarise(items: list[dict]) -> list[dict]:
@@ -23,6 +24,57 @@ def summarise(items: list[dict]) -> list[dict]:
         value, low, high = mean_interval([item[metric] for item in items])
         rows.append({"metric": metric, "value": value, "low": low, "high": high, "n": n, "unparsed": unparsed})
     return rows
+
+
+def summarise_benchmark(items: list[dict]) -> list[dict]:
+    """Rows {metric, value, low, high, n, unparsed} of a column of general ability, items {subject, correct, extracted, answer_nll, …}.
+
+    accuracy        of all items alike ("micro"), the unparsed wrong
+    accuracy_macro  the mean over subjects; its interval from each subject's p (1 - p) / n, with p after Agresti and Coull, so that
+                    a subject without an error has a spread too
+    accuracy/{subject}   where there are several
+    answer_nll      of the right answer, where items have it
+    Shares have Wilson's intervals; where `correct` is no share (F1, say), mean ± z s/√n.
+    """
+    by_subject: dict[str, list[float]] = {}
+    for item in items:
+        if item["correct"] is not None:
+            by_subject.setdefault(item["subject"], []).append(float(item["correct"]))
+    values = [value for found in by_subject.values() for value in found]
+    unparsed = sum(item.get("extracted") is None for item in items)
+    rows = [_accuracy("accuracy", values, unparsed)]
+    if len(by_subject) > 1:
+        means = [sum(found) / len(found) for found in by_subject.values()]
+        variance = 0.0
+        for found in by_subject.values():
+            share = (sum(found) + 2) / (len(found) + 4)
+            variance += share * (1 - share) / len(found)
+        half = Z * math.sqrt(variance) / len(means)
+        middle = sum(means) / len(means)
+        rows.append({"metric": "accuracy_macro", "value": middle, "low": max(0.0, middle - half), "high": min(1.0, middle + half),
+                     "n": len(values), "unparsed": unparsed})  # fmt: skip
+        for subject, found in sorted(by_subject.items()):
+            missed = sum(item["subject"] == subject and item.get("extracted") is None for item in items)
+            rows.append(_accuracy(f"accuracy/{subject}", found, missed))
+    losses = [item["answer_nll"] for item in items if item.get("answer_nll") is not None]
+    if losses:
+        value, low, high = mean_interval(losses)
+        rows.append({"metric": "answer_nll", "value": value, "low": low, "high": high, "n": len(losses), "unparsed": unparsed})
+    scored = [item["metrics"] for item in items if item.get("metrics")]  # of lm-evaluation-harness: its other metrics
+    for metric in dict.fromkeys(name for own in scored for name in own):
+        found = [own[metric] for own in scored if isinstance(own.get(metric), bool | int | float)]
+        if found:
+            rows.append(_accuracy(metric, [float(value) for value in found], 0))
+    return rows
+
+
+def _accuracy(metric: str, values: list[float], unparsed: int) -> dict:
+    n, total = len(values), sum(values)
+    if all(value in (0.0, 1.0) for value in values):
+        (low, high), mean = wilson_interval(total, n), total / n if n else math.nan
+    else:
+        mean, low, high = mean_interval(values)
+    return {"metric": metric, "value": mean, "low": low, "high": high, "n": n, "unparsed": unparsed}
 
 
 def letter_scores(items: list[dict]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import yaml
 
+from study.environment import default_model
 from study.errors import LetheError
 from study.flags import CONFIGS, build, help_text, load_yaml, read_flags, read_tree, read_yaml
 from study.plan import nearest
@@ -26,6 +27,7 @@ Fine-tune a Llama on one task after another and see what it forgets.
   python train.py --datasets mine=path/to/file.jsonl --stage 1
   python train.py --mask bottom10 --inspect 3         show kept and dropped tokens, train nothing
   python train.py --compare_optimizers                AdamW against Muon, at several learning rates
+  python train.py --datasets_folder DIR --chunk 1 --mmlu DIR     fine-tune on each file, score MMLU before and after
 
 Order: defaults < --config FILE < flags. Without --config, the nano model takes configs/nano.yaml, or
 configs/optimizers.yaml with --compare_optimizers.
@@ -36,12 +38,14 @@ Score what was trained, fill the retention matrix, draw it.
   python eval.py                                      the newest study: missing cells, tables, plots
   python eval.py --root out/nano --tasks gsm8k
   python eval.py --root out/nano --replot             tables and plots only
-  python eval.py --model DIR --adapter DIR --tasks gsm8k,svamp"""
+  python eval.py --model DIR --adapter DIR --tasks gsm8k,svamp
+  python eval.py --model DIR --mmlu DIR --harness hellaswag,arc_easy"""
 TITLES = {
     "": "Study: what runs, and where it goes",
     "max_train": "Data",
     "inspect": "Instead of training",
     "study": "Optimizer study",
+    "datasets_folder": "A batch of data sets, and general ability before and after each",
     "full": "What is trained, and on what",
     "shard": "Several processes, checkpoints",
     "model": "Model",
@@ -62,10 +66,11 @@ def parse(argv: list[str], program: str = "train") -> Any:
         raise SystemExit(0)
     given, files = read_flags(list(argv), Config)
     asked = {name: value for hits, value, _ in given for name in hits}
-    if not files and asked.get("model.name", "nano") == "nano":
+    told = default_model() if "datasets_folder" in asked and "model.name" not in asked else None
+    if not files and asked.get("model.name", told[0] if told else "nano") == "nano":
         optimizers = asked.get("compare_optimizers") == "true" or "comparison" in asked or asked.get("study") == "optimizers"
         files = [str(CONFIGS / ("optimizers.yaml" if optimizers else "nano.yaml"))]
-    layers, notes = [], []
+    layers, notes = [[(["model.name"], *told)]] if told else [], []
     for path in files:
         tree = load_yaml(path)
         layer, said = translate(tree, path, Config) if is_seed_style(tree) else (read_tree(tree, path, Config), [])
@@ -73,6 +78,10 @@ def parse(argv: list[str], program: str = "train") -> Any:
         notes += [f"{path}: {line}" for line in said]
     config = build(Config, [*layers, given])
     named = {name for layer in layers for hits, _, _ in layer for name in hits} | set(asked)
+    if told and config.model.name == told[0]:
+        notes.append(f"model      {told[0]} (from {told[1]}; --model wins over it)")
+    if config.datasets_folder or config.study == "batch":
+        config = _as_batch(config, asked, named)
     if "comparison" in asked and "compare_optimizers" not in asked:
         config = dataclasses.replace(config, compare_optimizers=True)
     if config.compare_optimizers or config.study == "optimizers":
@@ -100,6 +109,29 @@ def _as_optimizer_study(config: Config, flags: dict[str, str], named: set[str]) 
     return dataclasses.replace(config, **changes)
 
 
+def _as_batch(config: Config, flags: dict[str, str], named: set[str]) -> Config:
+    """The leaves that follow from --datasets_folder.  flags: leaves given as flags; named: given at all."""
+    if not config.datasets_folder:
+        raise LetheError("study: batch needs --datasets_folder, the folder of the data sets")
+    for leaf, why in (
+        ("datasets", "takes its data sets from the folder"), ("pairs", "has one stage"), ("mask", "masks nothing"),
+        ("compare_optimizers", "has one optimizer"), ("inspect", "masks nothing"), ("resume_stage1", "finds each newest checkpoint itself"),
+        ("resume_stage2", "has one stage"), ("evaluation.tasks", "scores no task"),
+        ("max_test", "scores no task, and --max_samples limits --mmlu"),
+    ):  # fmt: skip
+        if leaf in flags and flags[leaf] not in ("false", "none"):
+            raise LetheError(f"--datasets_folder {why}; leave out --{leaf.split('.')[-1]}")
+    if config.stage == 2:
+        raise LetheError("--datasets_folder has one stage; leave out --stage 2")
+    if not (config.evaluation.mmlu or config.evaluation.harness):
+        what = "scores general ability before and after each data set"
+        raise LetheError(f"--datasets_folder {what}: give --mmlu FOLDER (or mini_mmlu), or --harness")
+    changes: dict[str, Any] = {"study": "batch", "mask": "none", "stage": None}
+    if "out" not in named:
+        changes["out"] = f"{OUT}_batch"
+    return dataclasses.replace(config, **changes)
+
+
 def _refuse_conflicts(config: Config) -> None:
     """Settings that contradict each other, told in one line before anything is loaded."""
     arms, resumed = optimizer_arms(config), config.resume_stage1 or config.resume_stage2
@@ -119,6 +151,8 @@ def _refuse_conflicts(config: Config) -> None:
          "without it the same command continues each from its newest"),
         (resumed and config.skip_training, f"{shown} trains and --skip_training does not; give one of them"),
         (config.resume_stage2 and config.stage == 1, "--resume_stage2 goes on with stage 2, and --stage 1 ends before it; leave out one"),
+        (config.chunk and not config.datasets_folder, "--chunk chooses among the sub-folders of --datasets_folder; give that too"),
+        (config.strict and config.salvage, "--strict makes a cut file an error, --salvage takes its rows before the cut; give one of them"),
         (config.inspect and config.skip_training, "--inspect and --skip_training: give one of them"),
     ):  # fmt: skip
         if wrong:

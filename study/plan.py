@@ -136,6 +136,11 @@ def plan_runs(
     return runs
 
 
+def plan_batch(names: list[str]) -> list[Run]:
+    """One stage-1 run for each data set of a batch."""
+    return [Run(1, "none", name, None, f"lora_base/{name}", None) for name in names]
+
+
 def cells_to_score(runs: list[Run], tasks: list[str]) -> list[tuple[Run | None, str]]:
     """(run, task) to score; run None is the base.  Base and stage 1 on every task, stage 2 on its first and second."""
     tasks = list(dict.fromkeys(tasks))
@@ -143,3 +148,9 @@ def cells_to_score(runs: list[Run], tasks: list[str]) -> list[tuple[Run | None, 
     for run in runs:
         cells += [(run, task) for task in (tasks if run.stage == 1 else (run.first, run.second))]
     return cells
+
+
+def numbered(runs: list, names: list[str]) -> dict:
+    """{run: "  3/12 its name"}, all of one width."""
+    wide = max(map(len, names), default=0)
+    return {run: f"{number:3d}/{len(runs)} {name:{wide}s}" for number, (run, name) in enumerate(zip(runs, names, strict=True), 1)}

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from optim.parallel import ALONE, Ranks, device_of, environment, start
+from study.config import Config
 from study.errors import LetheError
 from study.logging import say
 
@@ -267,3 +269,14 @@ class Workers:
         """Raises QueueError where another worker has taken over what this one is at."""
         if self.queue is not None:
             self.queue.check()
+
+
+def gather(config: Config) -> tuple[Ranks, Workers]:
+    """This process's place among torchrun's: ranks that share every step, or (--shard runs) workers that share the runs."""
+    try:
+        rank, world, local = environment()
+        if config.shard == "runs" and world > 1:
+            return Ranks(device=device_of(config.device, world, local)), Workers(rank, world)
+        return start(config.device) if world > 1 else ALONE, Workers()
+    except ValueError as error:
+        raise LetheError(str(error)) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test leaves this machine; those about the hub run their own server
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("MODEL_NAME", None)  # names the model of a batch and of features
 
 # A shell starts background jobs with Ctrl-C ignored, and what they start inherits it; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -24,6 +24,7 @@ from tiny import NARROW, TASKS, adapters, cells, one_line, raw_config, words, wr
 import eval as evaluation
 import study.comparison
 import study.queue
+import study.report
 import train
 from data.folder import find_task
 from lora.merge import merge
@@ -38,7 +39,7 @@ RUNS = [f"lora_base/{FIRST}", f"lora_base/{SECOND}", f"lora_transfer/{PAIR}", f"
 
 
 def no_pictures() -> None:
-    evaluation.draw_all = lambda rows, folder: []
+    study.report.draw_all = lambda rows, folder: []
     study.comparison.draw_comparison = lambda *_: []
 
 
@@ -47,7 +48,7 @@ def like_a_rank():
     """One thread, since sums in another order have other bits; and no pictures, which take longer than all the rest."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "draw_all", None)
+        patch.setattr(study.report, "draw_all", study.report.draw_all)
         patch.setattr(study.comparison, "draw_comparison", None)
         no_pictures()  # which the patches take back
         torch.set_num_threads(1)

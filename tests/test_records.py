@@ -92,6 +92,40 @@ def test_formats(tmp_path, kind):
     assert got[0].source == f"{path}:{first}" and got[-1].source == f"{path}:{first + len(FORMATS) - 1}"
 
 
+CHINESE = "背景知识：李白是唐代诗人。\n问题：李白是哪个朝代的？"
+QUESTION, ANSWER = "李白是哪个朝代的？", "唐代。"
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"messages": [{"role": "user", "content": CHINESE}, {"role": "assistant", "content": ANSWER}]}, CHINESE),
+        ({"conversations": [{"role": "user", "content": CHINESE}, {"role": "assistant", "content": ANSWER}]}, CHINESE),
+        ({"input": QUESTION, "output": ANSWER}, QUESTION),
+        (
+            {"context_text": "李白是唐代诗人。", "qa_pairs": [{"question": QUESTION, "output": ANSWER}]},
+            "李白是唐代诗人。\n\n李白是哪个朝代的？",  # an empty line between context and question
+        ),
+        ({"context_text": "", "qa_pairs": [{"question": QUESTION, "output": ANSWER}]}, QUESTION),
+    ],
+)
+def test_files_of_one_format_alone(tmp_path, kind, row, prompt):
+    """Whole files of each format, in Chinese, escaped (as json.dumps writes by default) and not."""
+    path = write(tmp_path / "data.json", [row] * 3, kind)
+    assert [(r.prompt, r.answer) for r in load_records(path)] == [((("user", prompt),), ANSWER)] * 3
+    path.write_text(json.dumps([row] * 3, indent=2))
+    assert ANSWER not in path.read_text() and [(r.prompt, r.answer) for r in load_records(path)] == [((("user", prompt),), ANSWER)] * 3
+
+
+def test_two_turns_and_more(tmp_path):
+    """One record for every answer, with the conversation before it as its prompt."""
+    turns = [{"role": role, "content": f"{role}{i}"} for i in (1, 2) for role in ("user", "assistant")]
+    got = load_records(write(tmp_path / "a.jsonl", [{"messages": turns}]))
+    assert [r.answer for r in got] == ["assistant1", "assistant2"]
+    assert got[1].prompt == (("user", "user1"), ("assistant", "assistant1"), ("user", "user2"))
+
+
 @pytest.mark.parametrize(("row", "reason"), BAD)
 def test_bad_rows_are_dropped_with_their_reason(tmp_path, row, reason):
     path = tmp_path / "rows.jsonl"
@@ -139,9 +173,7 @@ def test_line_ends_inside_strings_do_not_split(tmp_path):
 
 @pytest.mark.parametrize("cut", range(1, 140, 7))
 def test_cut_array_names_byte_and_row(tmp_path, cut):
-    path = write(
-        tmp_path / "a.json", [{"prompt": "\u00e9" * 9, "answer": "x"}, {"prompt": "b", "answer": 12}] * 2, "json"
-    )
+    path = write(tmp_path / "a.json", [{"prompt": "\u00e9" * 9, "answer": "x"}, {"prompt": "b", "answer": 12}] * 2, "json")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut])
     with pytest.raises(LetheError, match=r"cut off.* at byte \d+, after \d whole rows|not UTF-8"):
@@ -151,7 +183,7 @@ def test_cut_array_names_byte_and_row(tmp_path, cut):
 def test_cut_array_place_is_right(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes('[\n{"prompt": "é", "answer": "b"},\n{"prompt": "c", '.encode())
-    with pytest.raises(LetheError, match=r"a.json:3: row 2 is cut off at byte 35, after 1 whole rows"):
+    with pytest.raises(LetheError, match=r"a.json:3: the file is cut off at byte 51, in a row that begins at byte 35, after 1 whole rows"):
         load_records(path)
 
 
@@ -169,6 +201,7 @@ def test_cut_array_place_is_right(tmp_path):
         ('{\n "prompt": "a",\n "answer": "b"\n}\n', "one JSON value over many lines"),
         ("\0\0\0", "binary"),
         ("garbage\n", "no row to train on"),
+        ("garbage", "no row to train on among 1; the first: .*:1: not JSON"),
     ],
 )
 def test_broken_files(tmp_path, text, message):
@@ -207,9 +240,7 @@ def test_parquet(tmp_path):
     import pyarrow.parquet as parquet
 
     path = tmp_path / "a.parquet"
-    parquet.write_table(
-        pyarrow.Table.from_pylist([{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": None}]), path
-    )
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": None}]), path)
     report = Report()
     assert load_records(path, report=report) == [Record((("user", "a"),), "b", f"{path}:1")]
     assert report.dropped == [(f"{path}:2", "no answer")]
@@ -246,6 +277,18 @@ def test_given_file_holds_back_a_tenth(tmp_path):
     assert train == again and not {r.prompt for r in train} & {r.prompt for r in task.test}
     assert 36 <= len(train) <= 39 and len(task.fingerprint) == 64 and task.train_path == path
     assert find_task(f"mine={path}").test == task.test
+
+
+def test_an_array_on_one_line(tmp_path):
+    """json.dump writes no line ends; the rows are told apart all the same, in places and when some are held back."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([*rows_of(20), {"prompt": "x"}]))
+    report = Report()
+    got = load_records(path, report=report)
+    assert [r.source for r in got[:3]] == [f"{path}:1", f"{path}:1 (row 2)", f"{path}:1 (row 3)"]
+    assert report.dropped == [(f"{path}:1 (row 21)", "no answer")]
+    task = find_task(f"mine={path}", tmp_path)
+    assert (len(task.test), len(list(task.train()))) == (2, 18)
 
 
 def test_given_file_keeps_a_conversation_whole(tmp_path):

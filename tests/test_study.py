@@ -23,7 +23,7 @@ METRICS = {"exact_match", "flexible_match", "string_match", "rougeL", "answer_nl
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes longer than everything else here, and one study with its pictures is enough."""
-    monkeypatch.setattr(evaluation, "draw_all", lambda rows, folder: [])
+    monkeypatch.setattr("study.report.draw_all", lambda rows, folder: [])
 
 
 @pytest.fixture(scope="session")
@@ -216,7 +216,7 @@ def test_ctrl_c_while_drawing(study, tiny, monkeypatch, capsys, no_pictures):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "draw_all", stopped)
+        patch.setattr("study.report.draw_all", stopped)
         assert train.main(words(tiny, study)) == 130
     capsys.readouterr()
     assert train.main(words(tiny, study)) == 0 and "nothing to do" not in capsys.readouterr().out
