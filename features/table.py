@@ -7,6 +7,7 @@ the same bytes, in one go or in several. Beside it, {table}.settings.json says w
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -39,7 +40,19 @@ class Table:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = open(beside, "a+", encoding="utf-8")
+        except OSError as error:
+            raise _cannot(self.path, error) from error
+        try:
             _lock(self.lock, self.path)
+            self._open(settings, restart)
+        except BaseException:
+            if not os.fstat(self.lock.fileno()).st_size:
+                beside.unlink(missing_ok=True)
+            self.lock.close()
+            raise
+
+    def _open(self, settings: dict[str, Any], restart: bool) -> None:
+        try:
             if restart:
                 self.path.unlink(missing_ok=True)
             if self.path.exists():
@@ -51,7 +64,7 @@ class Table:
             if not self.path.exists():
                 write_text(self.path, _line(self.columns))  # and readers have a whole table from here on
         except OSError as error:
-            raise write_error(self.path, error) from error
+            raise _cannot(self.path, error) from error
 
     def close(self) -> None:
         """Lets other commands write to the table."""
@@ -79,7 +92,7 @@ class Table:
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
-                raise write_error(self.path, error) from error
+                raise _cannot(self.path, error) from error
         else:
             self.rows = {name: self.rows[name] for name in sorted(self.rows, key=in_order)}
             write_text(self.path, _line(self.columns) + "".join(_line(cells.values()) for cells in self.rows.values()))
@@ -146,6 +159,12 @@ def _cell(value: Any) -> str:
     if isinstance(value, Integral):
         return str(int(value))
     return repr(float(value)) if math.isfinite(value) else ""
+
+
+def _cannot(path: Path, error: OSError) -> LetheError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return write_error(path, error)
+    return LetheError(f"{path}: {error.strerror or error}; give another --output_csv")
 
 
 def _lock(file, path: Path) -> None:
