@@ -9,6 +9,7 @@ Read from `score_task` and `score_benchmark` (one model) to `score_study` (every
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from contextlib import nullcontext
@@ -76,6 +77,12 @@ def choose_tasks(
 def choose_columns(asked: EvaluationConfig | EvalConfig) -> dict[str, Benchmark]:
     """The columns of general ability, by name, their items read: --mmlu, then --harness."""
     specs = []
+    if asked.mmlu == MINI_MMLU and asked.mmlu_by == "generate":
+        raise LetheError("mini_mmlu is scored by the likelihood of its answers; leave out --mmlu_by generate, or give --mmlu FOLDER")
+    if asked.mmlu == MINI_MMLU and asked.shots and not asked.harness:
+        raise LetheError(f"mini_mmlu has no solved examples; leave out --shots {asked.shots}, or give --mmlu FOLDER")
+    if asked.harness_path and not asked.harness:
+        raise LetheError("--harness_path says where tasks of --harness lie; give --harness NAME too")
     if asked.mmlu:
         specs.append({"mmlu": asked.mmlu, "shots": asked.shots, "by": asked.mmlu_by, "max_items": asked.max_samples})
     for name in filter(None, (word.strip() for word in (asked.harness or "").split(","))):
@@ -92,9 +99,14 @@ def find_columns(spec: dict) -> list[Benchmark]:
     """The benchmark that a spec names (one of choose_columns', or of a study's record); a tag of the harness names several."""
     if name := spec.get("harness"):
         path = str(Path(spec["path"]).resolve()) if spec.get("path") else None
-        suites = load_harness([name], spec.get("shots"), path)
-        shots = "" if spec.get("shots") is None else f"_{spec['shots']}shot"
-        return [Benchmark(one.name + shots, [], one.fingerprint, {**spec, "path": path, "harness": one.name}, one) for one in suites]
+        columns, shots = [], "" if spec.get("shots") is None else f"_{spec['shots']}shot"
+        for suite in load_harness([name], spec.get("shots"), path):
+            if any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in suite.loaded["tasks"].values()):
+                raise LetheError(f"--harness: {suite.name} has no score of its own for each item, which a column needs")
+            which = f"{suite.fingerprint}, {spec.get('max_items')} items"  # the suite itself does not know how many are asked
+            fingerprint = hashlib.sha256(which.encode()).hexdigest()
+            columns.append(Benchmark(suite.name + shots, [], fingerprint, {**spec, "path": path, "harness": suite.name}, suite))
+        return columns
     if spec["mmlu"] == MINI_MMLU:
         return [mini_mmlu(spec.get("max_items"))]
     said, shots = spec.get("by") == "generate", spec.get("shots")
@@ -289,9 +301,11 @@ def evaluate_study(arguments: EvalConfig) -> None:
     if "batch" in record:
         raise LetheError(f"{root} holds a batch of data sets; python train.py --datasets_folder … goes on with it and shows its table")
     known = record["tasks"]
+    asked = {} if arguments.replot else choose_columns(arguments)
+    names = list(dict.fromkeys([*known, *record.get("columns", {}), *asked]))
     for name in sorted(only or ()):
-        if name not in [*known, *record.get("columns", {})]:
-            raise LetheError(f"--tasks: {name!r} is not in this study; it has {', '.join([*known, *record.get('columns', {})])}")
+        if name not in names:
+            raise LetheError(f"--tasks: {name!r} is not in this study; it has {', '.join(names)}")
     if not arguments.replot:
         config = parse(["--config", str(trees[0] / "config.yaml")])
         tasks = {name: find_task(**spec) for name, spec in known.items()}
@@ -299,7 +313,7 @@ def evaluate_study(arguments: EvalConfig) -> None:
         for name, found in (tasks | columns).items():
             if found.fingerprint != record["identity"]["data"].get(name):
                 raise LetheError(f"the data of {name} changed since this study was trained; restore it, or train anew with another --out")
-        for name, column in choose_columns(arguments).items():
+        for name, column in asked.items():
             if columns.setdefault(name, column).fingerprint != column.fingerprint:
                 raise LetheError(f"{name}: this study has it with other items or settings; leave out the flag, or see its study.json")
         for tree in trees:

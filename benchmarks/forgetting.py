@@ -107,6 +107,7 @@ def main() -> None:
         "features": command(
             "-m", "features", "--data_folder", str(out / "sets"), "--model_path", "nano", "--output_csv", str(out / "features.csv"),
             "--sample_size", str(args.sample_size), "--batch_size", "8", "--probe_steps", str(args.probe_steps), "--seed", str(args.seed),
+            "--learning_rate", "3e-3",  # that of the training: harm at a small rate does not rank harm at a large one
         ),
     }  # fmt: skip
     outcome = str(max((out / "batch" / "result").glob("*.json"), key=lambda path: path.stat().st_mtime_ns))

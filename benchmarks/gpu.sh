@@ -38,12 +38,13 @@ else
     shape=(--preset 1b)
     train=(--preset 1b --warmup 10 --steps 12)  # fewer than by default, to stay within the ten minutes
     # On CUDA the tests' Triton kernels are compiled, not interpreted.
-    step tests 90 env TRITON_INTERPRET=0 "$PYTHON" -m pytest -q tests/test_cuda.py tests/test_quantized.py tests/test_offload.py -k cuda
+    step tests 90 env TRITON_INTERPRET=0 "$PYTHON" -m pytest -q tests/test_cuda.py tests/test_quantized.py tests/test_offload.py tests/test_choices.py -k cuda
 fi
 step train_step 250 "$PYTHON" benchmarks/train_step.py "${train[@]}"
 step loss 60 "$PYTHON" benchmarks/loss.py "${toy[@]}"
 step muon 30 "$PYTHON" benchmarks/muon.py "${toy[@]}"
 step decode 100 "$PYTHON" benchmarks/decode.py "${shape[@]}"
+step mmlu 90 "$PYTHON" benchmarks/mmlu.py "${shape[@]}"
 for name in layers low_rank decode_attention; do
     [ -f "benchmarks/$name.py" ] && step "$name" 20 "$PYTHON" "benchmarks/$name.py" "${toy[@]}"
 done

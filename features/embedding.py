@@ -1,25 +1,21 @@
 """Where a data set's texts lie in the model's last hidden states: how alike items are, and how alike question and answer.
 
-An embedding is the mean of the states after the final norm over a text's tokens, without the begin token, in float32. Question
-and answer are read apart, as plain text outside the template: an answer that has seen its question, or shares a frame with
-it, resembles it whatever it says. States of language models point one way and a few of their dimensions are huge, so
-the cosine of any two texts is near 1. Each dimension is therefore standardised by its mean and deviation over a fixed set of
-general texts (features.probe.general_records), after arXiv 2109.04404. (Over the data set itself, every mean cosine would be 0.)
+An embedding is the mean of a text's last hidden states (model.pooling). Question and answer are read apart, as plain text
+outside the template: an answer that has seen its question, or shares a frame with it, resembles it whatever it says. Each
+dimension is standardised by its mean and deviation over a fixed set of general texts (features.probe.general_records), after
+arXiv 2109.04404. (Over the data set itself, every mean cosine would be 0.)
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from data.batching import cut_middle
 from data.records import Record
 from features.dataset import Sample
 from features.likelihood import checked, longest
 from features.probe import general_records
-from model.attention import Pack
 from model.llama import Llama
+from model.pooling import centre, encode_texts, state_sums, unit
 from model.subject import Subject
 from model.tokenizer import Tokenizer
 
@@ -59,45 +55,13 @@ def embedding_features(subject: Subject, sample: Sample, batch_size: int) -> dic
 
 def embed(model: Llama, tokenizer: Tokenizer, records: list[Record], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Embeddings (N, H) float64 of the questions (all turns of a prompt), of the answers, and of both together; NaN for no token."""
-    begin, length = [] if tokenizer.bos is None else [tokenizer.bos], longest(model)
     texts = [text for record in records for text in ("\n".join(content for _, content in record.prompt), record.answer)]
-    texts = [tokenizer.encode(text.strip()) for text in texts]
-    texts = [cut_middle(ids, length - 1) if len(ids) > length - 1 else ids for ids in texts]
+    begin, texts = encode_texts(model, tokenizer, texts, longest(model))
     sums = np.concatenate([state_sums(model, begin, texts[at : at + 2 * batch_size]) for at in range(0, len(texts), 2 * batch_size)])
     counts = np.array([[len(ids)] for ids in texts], dtype=np.float64)  # (2 N, 1)
     with np.errstate(invalid="ignore"):
         means, both = sums / counts, (sums[::2] + sums[1::2]) / (counts[::2] + counts[1::2])
     return means[::2], means[1::2], both
-
-
-@torch.inference_mode()
-def state_sums(model: Llama, begin: list[int], texts: list[list[int]]) -> np.ndarray:
-    """Sums (n, H) float64 of the states of each text's tokens, read behind `begin`, which does not count. One packed pass."""
-    filled = [begin + ids for ids in texts if ids]
-    sums = np.zeros((len(texts), model.config.hidden_size))
-    if not filled:
-        return sums
-    was_training = model.training
-    model.eval()
-    try:
-        flat = torch.tensor([token for ids in filled for token in ids], device=model.device)
-        states: Tensor = model.hidden(flat, Pack([len(ids) for ids in filled], model.config, model.device)).float()  # (T, H)
-    finally:
-        model.train(was_training)
-    parts = states.split([len(ids) for ids in filled])
-    sums[[i for i, ids in enumerate(texts) if ids]] = torch.stack([part[len(begin) :].sum(0) for part in parts]).double().cpu().numpy()
-    return sums
-
-
-def centre(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (H,) of embeddings (N, H); a dimension that never moves keeps its scale."""
-    spread = embeddings.std(0)
-    return embeddings.mean(0), np.where(spread > 0, spread, 1.0)
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def pair_cosines(x: np.ndarray) -> tuple[float, float]:

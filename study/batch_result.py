@@ -47,11 +47,17 @@ class BatchResult:
     known: dict[str, dict] = field(default_factory=dict)  # rows that were made before: their intervals take a while
 
     @property
+    def begun(self) -> str:
+        """When, as 20260131_142500."""
+        digits = re.sub(r"[^0-9]", "", read_json(self.tree / "study.json")["started"][:19])
+        return f"{digits[:8]}_{digits[8:]}"
+
+    @property
     def path(self) -> Path:
-        """result/batch_mmlu_results_{timestamp}.json beside the chunk's folder; the time is when the batch was begun."""
-        begun = re.sub(r"[^0-9]", "", read_json(self.tree / "study.json")["started"][:19])
+        """result/batch_mmlu_results_{when it was begun}_{chunk}.json beside the chunk's folder; of several seeds one each."""
         seed = f"_{self.tree.name}" if re.fullmatch(r"seed\d+", self.tree.name) else ""
-        return self.tree.parent / "result" / f"batch_mmlu_results_{begun[:8]}_{begun[8:]}{seed}.json"
+        folder = self.tree.parent if seed else self.tree
+        return folder.parent / "result" / f"batch_mmlu_results_{self.begun}_{self.chunk[:100]}{seed}.json"
 
     def save(self) -> list[dict]:
         """Writes the file with what is done by now, and returns its rows."""
@@ -59,8 +65,7 @@ class BatchResult:
             if self.known.get(run[0], {}).get("status") != "ok":
                 self.known.update({row["dataset"]: row for row in rows(self.tree, [run], self.column)})
         found = [self.known[name] for name, _, _ in self.runs if name in self.known]
-        header = {"folder_name": self.chunk, "timestamp": self.path.stem.removeprefix("batch_mmlu_results_"),
-                  "total_files": len(self.runs), "max_samples": self.max_samples}  # fmt: skip
+        header = {"folder_name": self.chunk, "timestamp": self.begun, "total_files": len(self.runs), "max_samples": self.max_samples}
         save(self.path, header, found)
         return found
 
@@ -204,7 +209,7 @@ def changes_figure(rows: list[dict], column: str) -> Figure:
         axes.plot(middle, place, "o", color=colour, markersize=5)
     axes.set_yticks(places, [_short(row["dataset"]) for row in shown], fontsize=8)
     axes.set_ylim(-0.8, len(shown) - 0.2)
-    axes.set_xlabel(f"change of {column} by training on the data set, in points, 95 % over questions; colour: the interval excludes 0")
+    axes.set_xlabel(f"change of {column} by training on the data set, in points\n95 % over questions; in colour where the interval excludes 0")
     _clean(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
     axes.grid(axis="y", visible=False)

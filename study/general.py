@@ -134,10 +134,11 @@ def general_table(scored: list[Scored], column: str) -> str:
     missed = sum(row["unparsed"] for one in scored for row in one.rows if row["metric"] == "accuracy")
     table = [
         [state.label, f"{100 * state.accuracy:.1f}", "-" if state.macro is None else f"{100 * state.macro:.1f}", told(state.from_base),
-         told(state.from_parent), "-" if state.nll is None else f"{state.nll:.3f}", state.runs]
+         told(state.from_parent), "-" if state.nll is None else f"{state.nll:.3f}", state.runs,
+         f"{100 * min(state.each):.1f}" if state.runs > 1 else "-"]
         for state in states
     ]  # fmt: skip
-    headers = ["state", "accuracy", "macro", "change from base", "change by stage 2", "answer nll", "models"]
+    headers = ["state", "accuracy", "macro", "change from base", "change by stage 2", "answer nll", "models", "lowest of them"]
     used = [i for i in range(len(headers)) if any(row[i] != "-" for row in table)]
     about = f"{items} items" + (f" in {subjects} subjects" if subjects else "")
     title = f"General ability: {column}, {about}, in %; changes on the same items, 95 % over items" + (" and seeds" if seeds > 1 else "")
@@ -168,7 +169,7 @@ def general_figure(scored: list[Scored], column: str) -> Figure:
                           va="center", fontsize=9, color=colour)  # fmt: skip
     axes.set_yticks(places, [f"{state.label} ({state.runs})" if state.runs > 1 else state.label for state in states])
     axes.set_ylim(-0.6, len(states) - 0.4)
-    axes.set_xlabel("accuracy in %; bars: 95 % of the change from the base, on the same items; right: that change in points")
+    axes.set_xlabel("accuracy in %; pale: every model\nbars: 95 % of the change from the base on the same items; right: that change in points")
     axes.set_title(f"{column}: general ability before and after", fontsize=11, loc="left")
     _clean(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)

@@ -50,13 +50,15 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
     The results of an optimizer study are study.comparison's.
     """
     trees = seed_folders(root)
-    compared = [run for run in trained_runs(trees[0]) if run.changes]
+    trained = trained_runs(trees[0])
+    compared = [run for run in trained if run.changes]
     if compared:
         report_comparison(root, quiet)
+        if compared == trained:
+            report_general(root, trees, root / "logs", quiet)
         log_pictures(root, sorted((root / "logs").glob("*.png")))
-    if len(compared) == len(trained_runs(trees[0])) > 0:
-        report_general(root, trees, root / "logs", quiet)
-        return []
+        if compared == trained:
+            return []
     rows, dropped = [], {}
     for tree in trees:
         seed = read_json(tree / "study.json")["identity"]["settings"]["seed"]
@@ -69,12 +71,12 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
         if tree != root:
             write_json(tree / "eval_results_mask.json", {"results": mine})
             draw_all(mine, tree / "performance_matrices_mask")
-    if not rows:
-        raise LetheError(f"{root}: nothing is scored yet; run python train.py first")
-    if not quiet:  # first: a folder that cannot be written to still has its table
+    if rows and not quiet:  # first: a folder that cannot be written to still has its table
         print("\n" + summary_table(rows, dropped), flush=True)
-    pictures = draw_all(rows, root / "performance_matrices_mask")
+    pictures = draw_all(rows, root / "performance_matrices_mask") if rows else []
     general, more = report_general(root, trees, root / "performance_matrices_mask", quiet)
+    if not rows and not general:
+        raise LetheError(f"{root}: nothing is scored yet; run python train.py first")
     pictures += more
     log_pictures(root, pictures)
     write_json(root / "eval_results_mask.json", {"results": rows, "general": general})  # last: is_reported goes by it

@@ -21,6 +21,8 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.s
 
 
 def help_of(module: str, capsys) -> str:
+    if module == "features":  # a package that is a command
+        module = "features.__main__"
     with pytest.raises(SystemExit):
         importlib.import_module(module).main(["--help"])
     return capsys.readouterr().out
@@ -51,6 +53,8 @@ def test_commands_are_understood(command, monkeypatch, capsys):
 def test_every_flag_exists(capsys):
     known = {"config", "help", "source", "split", "logdir", "adapter", "out", "model", "dtype"}  # of the other commands too
     known |= {"nproc_per_node", "max_restarts"} | set(flags_of(Config)) | set(flags_of(EvalConfig))  # torchrun has two
+    for module in ("features", "features.relate", "features.predict"):
+        known |= set(re.findall(r"--(\w+)", help_of(module, capsys)))
     named = {flag.replace("-", "_").replace(".", "_") for flag in re.findall(r"--([A-Za-z][\w.-]*\w)", README)}
     assert len(named) > 25 and named <= known
 

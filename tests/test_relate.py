@@ -13,7 +13,7 @@ from scipy import stats
 from features.outcomes import Outcome, family, join, load, read_outcomes, read_table
 from features.ranks import Relation, correlation, holm, kendall, order, relate, spearman
 from features.relate import main
-from study import batch
+from study import batch_result as batch
 from study.errors import LetheError, run_command
 
 HEAD = ["dataset_name", "forgetting", "initial_loss", "note", "status", "reason", "content_hash", "settings_hash"]
