@@ -9,6 +9,7 @@ Read from `fit` (one optimizer step after another) to `train_run` (one adapter) 
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
@@ -366,6 +367,8 @@ def run_study(config: Config, argv: list[str]) -> None:
     if config.study == "batch":
         if ranks.world > 1:
             raise LetheError("--datasets_folder gives each process data sets of its own: add --shard runs")
+        if config.training.stage1.eval_steps:
+            raise LetheError("--datasets_folder trains on all rows and has none to score between steps; leave out --eval_steps")
         chunk, files = choose_chunk(config.datasets_folder, config.chunk, terminal=False if workers.shared else None)
         tasks = {name: whole_file(name, file, config.strict, config.salvage) for file, name in task_names(files).items()}
     else:
@@ -380,6 +383,8 @@ def run_study(config: Config, argv: list[str]) -> None:
     involved = {name for run in runs for name in (run.first, run.second)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name) / (chunk or "")
+    if chunk and Path(config.datasets_folder).resolve() in (root.resolve(), root.resolve().parent):
+        raise LetheError(f"{root} would lie among the data sets, and its files be taken for some; choose another --out")
     device, dtype, _ = resolve(config.device if ranks.device is None else str(ranks.device), config.dtype)
     trained = None
     if config.shard == "model":
@@ -406,13 +411,11 @@ def run_study(config: Config, argv: list[str]) -> None:
                  for name, task in tasks.items()}  # fmt: skip
         more = {"tasks": {} if chunk else specs, "model": config.model.name, "template": subject.tokenizer.template,
                 "columns": {name: column.spec for name, column in columns.items()}}  # fmt: skip
-        if chunk:
-            more["batch"] = {name: task.fingerprint for name, task in tasks.items()}
         with ranks.main_first(), workers.main_first(f"seed{seed}"):
             mine = ranks.main and workers.main
-            if chunk and mine:
-                forget_changed(tree, more["batch"])
             study = open_study(tree, resolved, identity, more, argv) if mine else StudyFolder(tree, read_json(tree / "study.json"))
+            if chunk and mine:
+                forget_changed(study, {name: task.fingerprint for name, task in tasks.items()})
             bench = Bench(config, subject, tasks, study, seed, ranks, trained or subject.model, workers.check, tell, columns=columns)
             shown = plan_lines(bench, runs)  # which makes the tokens of every task
         if config.inspect:
@@ -456,9 +459,10 @@ def jobs_of(bench: Bench, runs: list[Run]) -> list[Job]:
         jobs.append(Job(run.folder, needs, run not in todo, partial(train_run, bench, run, labels.get(run, ""))))
     here = [run for run in runs if done[run] or run in todo]
     here += [run for run in trained_runs(tree) if run not in runs and {run.first, run.second or run.first} <= set(bench.tasks)]
-    asked = config.evaluation.tasks
+    asked, scored = config.evaluation.tasks, list(bench.tasks)
+    if config.study == "batch":  # which trains on all rows and has none to test
+        asked, scored = None, []
     only = {name.strip() for name in asked.split(",")} if asked else None
-    scored = [] if config.study == "batch" else list(bench.tasks)  # a batch trains on all rows and has none to test
     cells = evaluation.cells_by_run(in_reading_order(here), scored, list(bench.columns), only)
     missing = [run for run, names in cells.items() if run in todo or evaluation.unscored(tree, run, names)] if bench.ranks.main else []
     labels = numbered(missing, [run.folder if run else "base" for run in missing])
@@ -474,13 +478,18 @@ def jobs_of(bench: Bench, runs: list[Run]) -> list[Job]:
 # A batch of data sets
 
 
-def forget_changed(tree: Path, data: dict[str, str]) -> None:
+def forget_changed(study: StudyFolder, data: dict[str, str]) -> None:
     """Removes what was made of files that have changed since: their rows of the batch are made anew. data: fingerprints by name."""
-    before = read_json(tree / "study.json", default={}).get("batch", {})
-    for name in sorted(data):
-        if before.get(name, data[name]) != data[name]:
-            print(f"changed    {name}: its file is another one than before, so it is trained on anew")
-            shutil.rmtree(tree / "lora_base" / name, ignore_errors=True)
+    before = study.record.get("batch", {})
+    if all(before.get(name) == data[name] for name in data):
+        return
+    with in_use(study.path):
+        for name in sorted(data):
+            if before.get(name, data[name]) != data[name]:
+                print(f"changed    {name}: its file is another one than before, so it is trained on anew")
+                shutil.rmtree(study.dir(f"lora_base/{name}"), ignore_errors=True)
+        study.record["batch"] = before | data  # last: a kill before it removes again
+        write_json(study.path / "study.json", study.record)
 
 
 def one_by_one(bench: Bench, runs: list[Run], jobs: list[Job], save: Callable[[], None] | None) -> list[Job]:
@@ -504,6 +513,8 @@ def attempt(bench: Bench, run: Run, job: Job, save: Callable[[], None] | None) -
     except (QueueError, RankLost):
         raise
     except (LetheError, OSError, RuntimeError, MemoryError, ValueError) as error:
+        if getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise  # no fault of the data set, and the next one would be trained in vain
         reason = (str(error) or type(error).__name__).splitlines()[0]
         write_json(folder / "failed.json", {"reason": reason, "traceback": traceback.format_exc()})
         bench.tell(f"failed     {run.task}: {reason}")

@@ -41,7 +41,7 @@ def summarise_benchmark(items: list[dict]) -> list[dict]:
         if item["correct"] is not None:
             by_subject.setdefault(item["subject"], []).append(float(item["correct"]))
     values = [value for found in by_subject.values() for value in found]
-    unparsed = sum(item.get("extracted") is None for item in items)
+    unparsed = sum("extracted" in item and item["extracted"] is None for item in items)  # a choice by likelihood has none to read
     rows = [_accuracy("accuracy", values, unparsed)]
     if len(by_subject) > 1:
         means = [sum(found) / len(found) for found in by_subject.values()]
@@ -54,7 +54,7 @@ def summarise_benchmark(items: list[dict]) -> list[dict]:
         rows.append({"metric": "accuracy_macro", "value": middle, "low": max(0.0, middle - half), "high": min(1.0, middle + half),
                      "n": len(values), "unparsed": unparsed})  # fmt: skip
         for subject, found in sorted(by_subject.items()):
-            missed = sum(item["subject"] == subject and item.get("extracted") is None for item in items)
+            missed = sum(item["subject"] == subject and "extracted" in item and item["extracted"] is None for item in items)
             rows.append(_accuracy(f"accuracy/{subject}", found, missed))
     losses = [item["answer_nll"] for item in items if item.get("answer_nll") is not None]
     if losses:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from metrics.statistics import compare_items, wilson_interval
+from metrics.statistics import compare_items, mean_interval, wilson_interval
 from study.errors import LetheError
 from study.folder import is_done, read_json, read_jsonl, write_json
 from study.logging import format_table
@@ -59,20 +59,22 @@ class BatchResult:
         folder = self.tree.parent if seed else self.tree
         return folder.parent / "result" / f"batch_mmlu_results_{self.begun}_{self.chunk[:100]}{seed}.json"
 
-    def save(self) -> list[dict]:
-        """Writes the file with what is done by now, and returns its rows."""
-        for run in self.runs:
-            if self.known.get(run[0], {}).get("status") != "ok":
-                self.known.update({row["dataset"]: row for row in rows(self.tree, [run], self.column)})
-        found = [self.known[name] for name, _, _ in self.runs if name in self.known]
+    def rows(self) -> list[dict]:
+        """A row for every data set that is done or failed by now."""
+        left = [run for run in self.runs if self.known.get(run[0], {}).get("status") != "ok"]
+        self.known.update({row["dataset"]: row for row in rows(self.tree, left, self.column)})
+        return [self.known[name] for name, _, _ in self.runs if name in self.known]
+
+    def save(self) -> None:
+        """Writes the file with what is done by now."""
         header = {"folder_name": self.chunk, "timestamp": self.begun, "total_files": len(self.runs), "max_samples": self.max_samples}
-        save(self.path, header, found)
-        return found
+        save(self.path, header, self.rows())
 
     def report(self) -> None:
-        """The file, its picture, and the table in the terminal."""
-        found = self.save()
-        print(f"\n{self.column} before and after training on each data set; changes on the same questions\n{table(found)}")
+        """The table in the terminal (first: a folder that cannot be written to still has it), the file, and its picture."""
+        found = self.rows()
+        print(f"\n{self.column} before and after training on each data set; changes on the same questions\n{table(found)}", flush=True)
+        self.save()
         print(f"\nresults    {self.path}")
         if any(row["change"] for row in found):
             print(f"picture    {_save(changes_figure(found, self.column), self.path.with_suffix('.png'))}")
@@ -136,16 +138,17 @@ def scores(items: list[dict]) -> dict | None:
     """What one model scored on a benchmark's items {"subject", "correct", "extracted", "answer_nll"}; None of none."""
     if not items:
         return None
-    right, by_subject = sum(bool(item["correct"]) for item in items), {}
-    for item in items:
-        by_subject.setdefault(item["subject"], []).append(bool(item["correct"]))
-    low, high = wilson_interval(right, len(items))
-    subjects = {subject: sum(hits) / len(hits) for subject, hits in sorted(by_subject.items())}
+    values, by_subject = [float(item["correct"] or 0) for item in items], {}
+    for item, value in zip(items, values, strict=True):
+        by_subject.setdefault(item["subject"], []).append(value)
+    right, verdicts = sum(values), all(value in (0.0, 1.0) for value in values)
+    low, high = wilson_interval(right, len(items)) if verdicts else mean_interval(values)[1:]
+    subjects = {subject: sum(found) / len(found) for subject, found in sorted(by_subject.items())}
     losses = [item["answer_nll"] for item in items if item.get("answer_nll") is not None]
     return {
         "overall_accuracy": right / len(items),
         "total_questions": len(items),
-        "correct_questions": right,
+        "correct_questions": int(right) if verdicts else right,
         "unparsed": sum("extracted" in item and item["extracted"] is None for item in items),
         "accuracy_low": low,
         "accuracy_high": high,
@@ -159,7 +162,7 @@ def change(before: list[dict], after: list[dict]) -> dict | None:
     """{"difference", "low", "high", "p"} of accuracy on the same questions, see compare_items; None where one side has none."""
     if not before or not after:
         return None
-    found = compare_items(*([int(bool(item["correct"])) for item in items] for items in (before, after)))
+    found = compare_items(*([float(item["correct"] or 0) for item in items] for items in (before, after)))
     return {name: found[name] for name in ("difference", "low", "high", "p")}
 
 
@@ -209,7 +212,8 @@ def changes_figure(rows: list[dict], column: str) -> Figure:
         axes.plot(middle, place, "o", color=colour, markersize=5)
     axes.set_yticks(places, [_short(row["dataset"]) for row in shown], fontsize=8)
     axes.set_ylim(-0.8, len(shown) - 0.2)
-    axes.set_xlabel(f"change of {column} by training on the data set, in points\n95 % over questions; in colour where the interval excludes 0")
+    about = "95 % over questions; in colour where the interval excludes 0"
+    axes.set_xlabel(f"change of {column} by training on the data set, in points\n{about}")
     _clean(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
     axes.grid(axis="y", visible=False)

@@ -115,7 +115,8 @@ def _as_batch(config: Config, flags: dict[str, str], named: set[str]) -> Config:
         raise LetheError("study: batch needs --datasets_folder, the folder of the data sets")
     for leaf, why in (
         ("datasets", "takes its data sets from the folder"), ("pairs", "has one stage"), ("mask", "masks nothing"),
-        ("compare_optimizers", "has one optimizer"), ("inspect", "masks nothing"), ("resume_stage1", "finds each newest checkpoint itself"),
+        ("compare_optimizers", "has one optimizer"), ("comparison", "has one optimizer"),
+        ("inspect", "masks nothing"), ("resume_stage1", "finds each newest checkpoint itself"),
         ("resume_stage2", "has one stage"), ("evaluation.tasks", "scores no task"),
         ("max_test", "scores no task, and --max_samples limits --mmlu"),
     ):  # fmt: skip

@@ -74,7 +74,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Atomic, UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are no text
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
@@ -138,11 +138,11 @@ def read_jsonl(path: str | Path) -> list[dict]:
         return rows
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                break  # append_jsonl takes it away, whole or not
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
-                    break
                 raise LetheError(f"{path}:{number}: not valid JSON ({error.msg})") from None
     return rows
 

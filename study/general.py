@@ -169,7 +169,8 @@ def general_figure(scored: list[Scored], column: str) -> Figure:
                           va="center", fontsize=9, color=colour)  # fmt: skip
     axes.set_yticks(places, [f"{state.label} ({state.runs})" if state.runs > 1 else state.label for state in states])
     axes.set_ylim(-0.6, len(states) - 0.4)
-    axes.set_xlabel("accuracy in %; pale: every model\nbars: 95 % of the change from the base on the same items; right: that change in points")
+    bars = "bars: 95 % of the change from the base on the same items; right: that change in points"
+    axes.set_xlabel(f"accuracy in %; pale: every model\n{bars}")
     axes.set_title(f"{column}: general ability before and after", fontsize=11, loc="left")
     _clean(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)

@@ -267,8 +267,12 @@ def test_mmlu_by_letter_and_by_generation(study, mmlu, tiny, capsys):
     assert record["mmlu_0shot_generate"] == {"mmlu": str(mmlu), "shots": 0, "max_items": None, "by": "generate"}
     for run in ["base", *RUNS]:
         letters, said = (read_jsonl(study / run / f"eval/{name}.jsonl") for name in record)
-        assert [(one["subject"], one["gold"]) for one in letters] == [(subject, "ABCD"[n % 4]) for subject in ("law_of_words", "numbers") for n in range(5)]
-        assert [one["question"] for one in letters] == [one["question"] for one in said] and 'Which "word"\nis number 0?' in letters[0]["question"]
+        assert [(one["subject"], one["gold"]) for one in letters] == [
+            (subject, "ABCD"[n % 4]) for subject in ("law_of_words", "numbers") for n in range(5)
+        ]
+        assert [one["question"] for one in letters] == [one["question"] for one in said] and 'Which "word"\nis number 0?' in letters[0][
+            "question"
+        ]
         assert letters[0]["options"] == ["A", "B", "C", "D"] and all(len(one["logprobs"]) == 4 for one in letters)
         assert all("logprobs" not in one and isinstance(one["output"], str) for one in said)
     capsys.readouterr()
@@ -350,7 +354,13 @@ def tasks(tmp_path_factory) -> Path:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **found, "metric_list": listed, **more}))
 
     task("toy_choice", "acc", "acc_norm", output_type="multiple_choice", doc_to_choice="options", doc_to_target="gold")
-    task("toy_answer", "exact_match", output_type="generate_until", doc_to_target="answer", generation_kwargs={"until": ["\n"], "max_gen_toks": 4})
+    task(
+        "toy_answer",
+        "exact_match",
+        output_type="generate_until",
+        doc_to_target="answer",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 4},
+    )
     task("toy_text", "word_perplexity", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{question}}")
     return folder
 
@@ -396,5 +406,7 @@ def test_what_the_harness_cannot_give(tasks, tiny, tmp_path, capsys, monkeypatch
     assert "no task 'toy_chioce'; did you mean toy_choice" in said("toy_chioce")
     assert "two columns of general ability are named toy_choice" in said("toy_choice,toy_choice")
     assert "toy_text has no score of its own for each item" in said("toy_choice,toy_text")
-    assert "--harness_path says where tasks of --harness lie" in one_line(words(tiny, tmp_path / "out", "--harness_path", tasks, *MINI), capsys)
+    assert "--harness_path says where tasks of --harness lie" in one_line(
+        words(tiny, tmp_path / "out", "--harness_path", tasks, *MINI), capsys
+    )
     assert not (tmp_path / "out").exists()
