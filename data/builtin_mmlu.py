@@ -36,7 +36,12 @@ def mini_mmlu(max_items: int | None = None) -> Benchmark:
 def _items() -> list[Item]:
     rng = Random(MINI_MMLU)
     facts = [fact for fact in (*people_facts(), *science_facts()) if fact.in_corpus]
-    return [_fact_item(rng, fact) for fact in facts] + [_sum_item(rng, sign) for sign in SUMS for _ in range(SUMS_OF_A_KIND)]
+    items = {item.question: item for item in (_fact_item(rng, fact) for fact in facts)}
+    for number, sign in enumerate(SUMS, 1):
+        while len(items) < len(facts) + number * SUMS_OF_A_KIND:  # no sum twice: items are to be independent
+            item = _sum_item(rng, sign)
+            items.setdefault(item.question, item)
+    return list(items.values())
 
 
 def _fact_item(rng: Random, fact: Fact) -> Item:
