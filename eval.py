@@ -227,7 +227,7 @@ def score_study(bench: Bench, only: set[str] | None = None) -> int:
     return count
 
 
-SCORING = "exact match after each run, on the tasks it concerns"
+SCORING = "accuracy after each run: exact match on its tasks, then what is beside them"
 
 
 def cells_by_run(runs: list[Run], tasks: list[str], columns: list[str], only: set[str] | None = None) -> dict[Run | None, list[str]]:

@@ -43,6 +43,7 @@ from model.generate import Decoder
 from model.llama import Llama
 from model.sharding import check_optimizers, gathered, idle_pass, is_sharded, load_sharded
 from model.subject import load_subject, resolve
+from optim.anchor import Anchor
 from optim.masters import collect_gradients, write_back
 from optim.parallel import ALONE, RankLost, Ranks
 from optim.partition import optimizers_of, partition_lines
@@ -108,6 +109,7 @@ def fit(
     max_grad_norm: float = 1.0,
     normalize: str = "kept",
     online_weights: Callable[[Tensor, Micro], Tensor] | None = None,
+    anchor: Anchor | None = None,
     seed: int = 0,
     ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
@@ -118,7 +120,8 @@ def fit(
     tokens each; where one has no weights of its own, online_weights(nll, micro) decides them from this pass's losses.
     Learning rate, data and dropout are functions of the step's number alone. With several ranks, batches gives this rank's
     share, and gradients and sums are those of all (optim.parallel). A step that runs out of memory is taken again
-    in smaller micro-batches, and so are those after it; this is said once.
+    in smaller micro-batches, and so are those after it; this is said once. An anchor's gradient (optim.anchor) joins that of
+    the whole step, so clipping and the gradient's norm are of both; the loss is the data's alone.
     """
     parameters, masters, optimizers, scaler = learner.parameters, learner.masters, learner.optimizers, learner.scaler
     model.train()
@@ -159,6 +162,8 @@ def fit(
             for master in masters:
                 if master.grad is not None:
                     master.grad.mul_(count / denominator)
+            if anchor is not None:
+                anchor.add_(masters)
             clip_ = ranks.clip_ if sharded else torch.nn.utils.clip_grad_norm_
             grad_norm = clip_(masters, max_grad_norm or float("inf"))
             scale = scaler.get_scale()
@@ -223,7 +228,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     config, model, folder, ranks = bench.config, bench.trained, bench.study.dir(run.folder), bench.ranks
     settings, max_train, optimizer = settings_of(bench, run)
     with ranks.main_first():
-        examples = bench.examples(run.task, max_train)
+        examples, rehearsed = bench.examples_of(run, max_train)
         weights, mask_stats, nll = masked_weights(bench, run, examples)
     names, parameters = zip(*begin(bench, run), strict=True)
     model.gradient_checkpointing = settings.gradient_checkpointing
@@ -253,12 +258,14 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     if partition not in bench.told:  # once for each optimizer and rate
         bench.tell("optimizer  " + ("adamw for all parameters" if o.name == "adamw" else "\n           ".join(partition)))
         bench.told.append(partition)
+    anchor = bench.anchor(run, list(names), list(parameters), learner.masters)
     tally = Tally(micro_tokens_of(config.micro_tokens, model.device))
     same = json.loads(json.dumps({
         "run": run.__dict__, "base": model.fingerprint, "tokens": examples.key, "steps": total, "examples_per_step": per_step,
         "optimizer": choice, "warmup": warmup, "schedule": settings.scheduler, "seed": bench.seed, "mask": mask_stats,
         "lora": None if config.full else config.lora.__dict__, "masking": None if run.mask == "none" else config.masking.__dict__,
         "max_grad_norm": settings.max_grad_norm, "dtype": str(model.dtype).removeprefix("torch."),
+        "rehearsal": rehearsed, "anchor": anchor and [anchor.coefficient, anchor.fisher is not None],
     }))  # fmt: skip
     with ranks.main_first():
         saved, done = resume(folder, learner, same, asked_checkpoint(config, run), config.keep, ranks), 0
@@ -271,7 +278,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     steps = fit(
         model, learner, batches, total, start=done, micro_tokens=tally.micro_tokens, schedule=settings.scheduler, warmup=warmup,
         max_grad_norm=settings.max_grad_norm, normalize="all" if run.mask == "soft" else config.masking.normalize,
-        online_weights=online, seed=bench.seed, ranks=ranks,
+        online_weights=online, seed=bench.seed, ranks=ranks, anchor=anchor,
     )  # fmt: skip
     if ranks.main:
         shutil.rmtree(folder / "eval", ignore_errors=True)  # scores of what was there before
@@ -327,6 +334,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
     write_json(folder / "run.json", {
         "status": "done", "run": run.__dict__, "steps": total, "outcomes": tally.outcomes, "tokens": tally.tokens,
         "seconds": round(tally.seconds, 3), "micro_tokens": tally.micro_tokens, "examples": len(examples), "data": examples.report,
+        "rehearsal": rehearsed, "anchor": anchor and {"coefficient": anchor.coefficient, "fisher": anchor.fisher is not None},
         "mask": mask_stats, "reference": config.masking.reference if run.mask != "none" else None,
         "template": bench.subject.tokenizer.template, "dtype": str(model.dtype).removeprefix("torch."), "seed": bench.seed,
         "base_fingerprint": model.fingerprint, "adapter_fingerprint": state_fingerprint(folder), "optimizer": choice,
@@ -380,7 +388,7 @@ def run_study(config: Config, argv: list[str]) -> None:
     if asked := config.resume_stage1 or config.resume_stage2:
         if not any(asked_checkpoint(config, run) for run in runs):
             raise LetheError(f"{asked} is the checkpoint of no run of this study; give its task and optimizer, or another checkpoint")
-    involved = {name for run in runs for name in (run.first, run.second)}
+    involved = {name for run in runs for name in (run.first, run.second, *run.past)}
     tasks = {name: task for name, task in tasks.items() if name in involved}
     root = expand_out(config.out, config.model.name) / (chunk or "")
     if chunk and Path(config.datasets_folder).resolve() in (root.resolve(), root.resolve().parent):
@@ -409,7 +417,8 @@ def run_study(config: Config, argv: list[str]) -> None:
         identity = identity_of(resolved, subject.model.fingerprint, {name: found.fingerprint for name, found in known.items()}, seed)
         specs = {name: {"name": task.spec, "data_root": str(Path(config.data_root).resolve()), "salvage": config.salvage}
                  for name, task in tasks.items()}  # fmt: skip
-        more = {"tasks": {} if chunk else specs, "model": config.model.name, "template": subject.tokenizer.template,
+        more = {"tasks": {} if chunk else specs, "kinds": {name: task.answer_kind for name, task in tasks.items()},
+                "model": config.model.name, "template": subject.tokenizer.template,
                 "columns": {name: column.spec for name, column in columns.items()}}  # fmt: skip
         with ranks.main_first(), workers.main_first(f"seed{seed}"):
             mine = ranks.main and workers.main

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data.builtin import BUILTIN_TASKS, builtin_task
 from data.records import Record, Report, iter_records, load_records, to_records
+from data.tasks import superni
 from metrics.text import collapse
 from study.errors import LetheError
 
@@ -58,7 +59,13 @@ def held_out(task: Task, max_train: int | None, most: int = 200) -> tuple[int, l
 def task_modules() -> list[str]:
     """Names of the tasks that python -m data.prepare can make."""
     files = (Path(__file__).parent / "tasks").glob("[!_]*.py")
-    return sorted(path.stem for path in files if "def to_alpaca(" in path.read_text(encoding="utf-8"))  # others are benchmarks
+    own = [path.stem for path in files if "\ndef to_alpaca(" in path.read_text(encoding="utf-8")]  # others are benchmarks
+    return sorted([*own, *superni.TASKS])
+
+
+def task_module(name: str):
+    """What data.prepare and scoring need of one of task_modules(): data/tasks/{name}.py, or one of SuperNI's ten."""
+    return superni.TASKS.get(name) or importlib.import_module(f"data.tasks.{name}")
 
 
 def scan(data_root: str | Path = "data") -> list[str]:
@@ -102,7 +109,7 @@ def find_task(name: str, data_root: str | Path = "data", strict: bool = False, s
 
 def _scoring(name: str) -> tuple[str, int]:
     if name in task_modules():
-        module = importlib.import_module(f"data.tasks.{name}")
+        module = task_module(name)
         return module.ANSWER_KIND, module.MAX_NEW_TOKENS
     return "text", 256
 

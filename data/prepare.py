@@ -2,12 +2,11 @@
 
 Writes {out}/{task}/{task}_test.json, _train_1p.json and, last, _remaining_train.json, which makes the folder a task.
 Test (and dev) questions are removed from train by normalised text. The 1 % for rehearsal is drawn from what is left, so
-no test question is in it.
+no test question is in it, unless the owners chose rows for rehearsal themselves: those are kept, without test questions.
 """
 
 import argparse
 import difflib
-import importlib
 import random
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from data.folder import task_modules, train_file
+from data.folder import task_module, task_modules, train_file
 from data.tasks import MissingRaw
 from metrics.text import collapse, normalise
 from study.errors import LetheError, run_command
@@ -65,11 +64,11 @@ def _listed(places: list[str]) -> str:
     return f" ({_places(places)})" if places else ""
 
 
-def task_module(name: str) -> ModuleType:
-    """data/tasks/{name}.py; an unknown name is a LetheError with the nearest one."""
+def known_task(name: str) -> ModuleType:
+    """folder.task_module; an unknown name is a LetheError with the nearest one."""
     names = task_modules()
     if name in names:
-        return importlib.import_module(f"data.tasks.{name}")
+        return task_module(name)
     near = difflib.get_close_matches(name.lower(), names, 1, 0.4) or [n for n in names if n.lower() == name.lower()]
     hint = f"did you mean {near[0]}? " if near else ""
     raise LetheError(f"no task {name!r} to prepare: {hint}There are {', '.join(names)}")
@@ -79,7 +78,7 @@ def prepare(
     task: str, source: str | None = None, out: str = "data", split: str = "official", seed: int = 42
 ) -> PrepareReport:
     """Read the raw rows (from source, else from the hub), split, clean and write them; returns the report."""
-    module = task_module(task)
+    module = known_task(task)
     folder, rows = _from_source(module, Path(source)) if source else _from_hub(module)
     report = PrepareReport(task, str(folder))
     kept = {name: _convert(module, split_rows, name, report) for name, split_rows in rows.items()}
@@ -88,7 +87,8 @@ def prepare(
     train = _without_leaks(module, train, test + kept.get("dev", []), report)
     if not train or not test:
         raise LetheError(f"{task}: nothing left for {'test' if train else 'train'}\n{report}")
-    replay = random.Random(seed).sample(train, max(1, round(len(train) / 100)))
+    replay = _without_leaks(module, kept.get("replay", []), test, report)
+    replay = replay or random.Random(seed).sample(train, max(1, round(len(train) / 100)))
     target = train_file(Path(out), task)
     for name, part in (("test", test), ("train_1p", replay), ("remaining_train", train)):  # the last makes it a task
         path = target.with_name(f"{task}_{name}.json")
@@ -170,6 +170,8 @@ def _from_hub(module: ModuleType) -> tuple[Path, dict[str, list[dict]]]:
     """Fetch the task's files through huggingface-hub into its cache; returns (folder, raw rows)."""
     from huggingface_hub import constants, errors, hf_hub_download
 
+    if module.HUB is None:
+        raise LetheError(f"these files are not on the hub; give them by --source PATH: {module.RAW}")
     repo, files = module.HUB
     mend = f"or give the owners' files by --source PATH: {module.RAW}"
     revision, root = None, None

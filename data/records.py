@@ -95,6 +95,8 @@ def _conversation(turns: object, name: str, system: object = None) -> list[tuple
     if (text := _text(system, "system", required=False)) and not _is_system(turns[0]):
         done.append(("system", text))
     for number, turn in enumerate(turns, 1):
+        if isinstance(turn, list) and len(turn) == 2:
+            turn = {"role": turn[0], "content": turn[1]}  # as_row's
         if not isinstance(turn, dict):
             raise _Bad(f"turn {number} is {type(turn).__name__}, not an object")
         tag = turn.get("role", turn.get("from"))
@@ -115,7 +117,7 @@ def _conversation(turns: object, name: str, system: object = None) -> list[tuple
 
 
 def _is_system(turn: object) -> bool:
-    return isinstance(turn, dict) and turn.get("role", turn.get("from")) == "system"
+    return isinstance(turn, list) and turn[:1] == ["system"] or isinstance(turn, dict) and turn.get("role", turn.get("from")) == "system"
 
 
 def _alpaca(row: dict) -> list[tuple[Turns, str]]:
@@ -195,6 +197,11 @@ def to_records(row: object, where: str, report: Report, strict: bool = False) ->
         else:
             report.kept += 1
             yield Record(*example, source=where, group=group)
+
+
+def as_row(record: Record) -> dict:
+    """A record as a row that reading takes back."""
+    return {"prompt": [list(turn) for turn in record.prompt], "answer": record.answer}
 
 
 def iter_records(path: str | Path, strict: bool = False, report: Report | None = None, salvage: bool = False) -> Iterator[Record]:

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 
 import numpy as np
 import torch
 from torch import nn
 
-from data.batching import Examples, tokenize
+from data.batching import Examples, steps_of, tokenize
 from data.benchmarks import Benchmark
 from data.folder import Task, held_out
 from data.records import Report
+from lora.fisher import fisher_of
 from lora.layers import add_lora
+from lora.rehearsal import rehearse
 from lora.states import put_on, state_fingerprint
 from masking.inspect import as_page, in_terminal, masked_example, masked_markdown
 from masking.score import dataset_weights, score_examples
 from masking.weights import policies
 from model.llama import Llama
 from model.subject import Subject
+from optim.anchor import Anchor
 from optim.parallel import ALONE, Ranks
 from study.config import Config, changed, stage_config
 from study.errors import LetheError
 from study.folder import StudyFolder, is_done, write_text
 from study.logging import RunLog, progress
 from study.plan import Run, arm_label
+from study.sequence import ANCHORED, WITH_ROWS
 from study.settings import OptimizerConfig, StageConfig
 
 
@@ -53,6 +60,34 @@ class Bench:
         cache, length = self.study.path / "tokens", self.config.max_length
         return tokenize(records, self.subject.tokenizer, length, found.fingerprint, cache, max_train, bad_rows)
 
+    def examples_of(self, run: Run, max_train: int | None) -> tuple[Examples, dict[str, int]]:
+        """What a run trains on, and how many rows of which earlier task are among it (they are made where they are not there yet)."""
+        if run.arm not in WITH_ROWS or not run.past:
+            return self.examples(run.task, max_train), {}
+        config, task = self.config, self.tasks[run.task]
+        old = rehearse(
+            self.subject, self.study.path, run, self.tasks, config.rehearsal, max_train=max_train, max_length=config.max_length,
+            batch_size=config.evaluation.batch_size, seed=self.seed,
+        )  # fmt: skip
+        rows = [record for records in old.values() for record in records]
+        content = json.dumps([task.fingerprint, max_train, [[record.prompt, record.answer] for record in rows]])
+        records = chain(islice(task.train(), max_train), rows)
+        cache, fingerprint = self.study.path / "tokens", hashlib.sha256(content.encode()).hexdigest()
+        found = tokenize(records, self.subject.tokenizer, config.max_length, fingerprint, cache)
+        return found, {name: len(records) for name, records in old.items()}
+
+    def anchor(self, run: Run, names: list[str], parameters: list[nn.Parameter], masters: list[nn.Parameter]) -> Anchor | None:
+        """What holds a run's parameters near where the stage before left them (arms l2 and ewc)."""
+        if run.arm not in ANCHORED or run.parent is None:
+            return None
+        settings, fisher = self.config.rehearsal, None
+        if run.arm == "ewc":
+            before = self.examples(run.past[-1], self.config.max_train)
+            folder = self.study.dir(run.parent)
+            with self.ranks.main_first():
+                fisher = fisher_of(self.trained, names, parameters, before, folder, settings.fisher_samples, self.seed)
+        return Anchor(settings.l2_coefficient if fisher is None else settings.ewc_coefficient, masters, fisher)
+
     def scores(self, run: str | None, examples: Examples) -> np.ndarray:
         """nll of all completion tokens under what a run left (its folder; None: the base), cached."""
         folder = None if run is None else self.study.dir(run)
@@ -71,6 +106,10 @@ def settings_of(bench: Bench, run: Run) -> tuple[StageConfig, int | None, Optimi
     """(settings, max_train, optimizer) of one run: its stage's and its arm's, with what is the run's own."""
     config = changed(bench.config, run.changes)
     settings, max_train = stage_config(config, run.stage, run.mask)
+    if run.past and config.rehearsal.equal == "steps" and run.arm != "mtl":  # as many as its own rows alone would take
+        rows = len(bench.examples(run.task, max_train))
+        steps = steps_of(rows, settings.batch_size * settings.gradient_accumulation, settings.epochs, settings.max_steps)
+        settings = replace(settings, max_steps=steps)
     if run.changes:  # arms are chosen among by rows that none of them has seen
         max_train = held_out(bench.tasks[run.task], max_train)[0]
     return settings, max_train, config.optimizer

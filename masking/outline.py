@@ -15,12 +15,18 @@ from study.errors import LetheError
 from study.folder import is_done
 from study.logging import format_table
 from study.plan import Run, nearest, parse_arms, plan_batch, plan_runs
+from study.sequence import parse_orders, parse_rehearsal, plan_sequences
 
 
 def plan(config: Config, tasks: list[str]) -> list[Run]:
     """The runs of the study, parents before children. Settings under which one of them could not run are told now."""
     if config.study == "batch":
         return plan_batch(tasks)
+    if config.study == "sequences":
+        arms = parse_rehearsal(config.rehearsal.arms)
+        parse_arms(config.mask, policies())
+        refuse_masks(config, [config.mask])
+        return plan_sequences(parse_orders(config.sequence, tasks), arms, config.mask)
     compared = optimizer_arms(config)
     if compared is not None:
         rates = {name: [rate for other, rate in compared if other == name] for name, _ in compared}
@@ -56,7 +62,7 @@ def plan_lines(bench: Bench, runs: list[Run]) -> str:
     done = sum(is_done(bench.study.dir(run.folder)) for run in runs)
     left = f"; the other {len(runs) - done} are not trained, as asked" if config.skip_training and done < len(runs) else ""
     planned = f"plan       {len(runs)} run{'s' * (len(runs) > 1)}, {done} of them done before{left}"
-    columns = [f"{column.name} ({len(column.items) or 'all'} items)" for column in bench.columns.values()]
+    columns = [f"{column.name} ({len(column.items) or column.spec.get('max_items') or 'all'} items)" for column in bench.columns.values()]
     if columns:
         lines.append(f"columns    {', '.join(columns)}: general ability, scored beside the tasks and never trained on")
     if config.study == "batch":  # whose files are read one by one, when their turn comes

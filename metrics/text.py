@@ -49,6 +49,22 @@ def rouge_l(prediction: str, reference: str, stem: bool = False) -> float:
     return 2 * common / (len(found) + len(wanted)) if common else 0.0
 
 
+def rouge_l_jieba(prediction: str, reference: str) -> float:
+    """ROUGE-L F-measure in [0, 1] over jieba's tokens, as Self-Synthesized Rehearsal (arXiv 2403.01244) takes it by rouge-chinese.
+
+    Punctuation and capitals count here and letters outside a-z too, so it is not comparable with rouge_l. Needs jieba; raises
+    ImportError with the pip command without it. 0 if either text has no token.
+    """
+    try:
+        import jieba  # its dictionary takes about a second to read
+    except ImportError:
+        raise ImportError("ROUGE-L over jieba's tokens needs jieba: pip install jieba") from None
+    jieba.setLogLevel("WARNING")
+    found, wanted = (" ".join(jieba.cut(text)).split() for text in (prediction, reference))
+    common = _longest_common_subsequence(found, wanted)
+    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+
+
 def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
     """Its length, a row of the table as the bits of one integer (Crochemore et al. 2001)."""
     places: dict[str, int] = {}

@@ -1,14 +1,16 @@
-"""Greedy decoding of many ragged prompts: packed prefill, a cache of fixed size, one step for all sequences at once.
+"""Decoding of many ragged prompts: packed prefill, a cache of fixed size, one step for all sequences at once.
 
 Prompts wait, longest first, for a slot of the cache. A finished sequence gives its slot to the next prompt; when none waits
 the batch shrinks. Tokens, lengths and flags live on the device, and the host looks at them every POLL steps, not at every
-token. On CUDA the step is a CUDA graph, one for each batch size in BUCKETS.
+token. On CUDA the step is a CUDA graph, one for each batch size in BUCKETS. Tokens are the likeliest ones; model.sampling
+draws them instead, outside of the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +72,8 @@ class Decoder:
         self.captures = model.captures
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by how many slots they compute
         self.captured: tuple = ()  # the adapter and the weights' addresses that the graphs know
+        self.draw: Any = None  # a model.sampling.Draw, which then chooses the tokens
+        self.logits: dict[int, Tensor] = {}  # what it chooses from: those of the last step, by how many slots were computed
 
     @torch.inference_mode()
     def run(
@@ -79,8 +83,9 @@ class Decoder:
         stop_ids: Iterable[int],
         answers: list[list[int]] | None = None,
         on_done: Callable[[int], None] | None = None,
+        draw: Any = None,
     ) -> tuple[list[list[int]], list[float]]:
-        """(the new ids of each prompt, the mean nll of each answer), see generate and generate_and_score."""
+        """(the new ids of each prompt, the mean nll of each answer), see generate, generate_and_score and model.sampling."""
         if not all(prompts):
             raise ValueError("a prompt is empty: it needs at least one token (a BOS)")
         if answers is not None and (len(answers) != len(prompts) or not all(answers)):
@@ -88,6 +93,9 @@ class Decoder:
         limit, stop_ids = max(0, max_new_tokens), sorted(set(stop_ids))
         outputs: list[list[int] | None] = [None] * len(prompts)
         losses = [0.0] * len(prompts)
+        if (draw is None) != (self.draw is None):
+            self.graphs, self.logits = {}, {}  # they end with another choice
+        self.draw = draw
         was_training = self.model.training
         self.model.eval()
         try:
@@ -98,7 +106,7 @@ class Decoder:
                     if not is_out_of_memory(error) or self.slots == 1:
                         raise
                     self.slots //= 2
-                    self.cache, self.graphs = None, {}
+                    self.cache, self.graphs, self.logits = None, {}, {}
                     say(f"out of memory while generating: from here on {self.slots} sequences at a time")
         finally:
             self.model.train(was_training)
@@ -129,12 +137,14 @@ class Decoder:
             for _ in range(min(poll, limit - made)):
                 step += 1
                 self._step(width, step + max(ahead.values()))
-            runs = self.runs[:width].tolist()
-            ended = [slot for slot in running if not runs[slot]]
+            runs, cuts = self.runs[:width].tolist(), self._cuts(list(running), poll)
+            ended = [slot for slot in running if not runs[slot] or slot in cuts]
             if ended:
+                if cuts:
+                    self.runs[list(cuts)] = False
                 self.cache.lengths[ended] = 1  # an idle slot is computed too until it is filled, as cheaply as can be
                 for slot, count, ids in zip(ended, self.counts[ended].tolist(), self.emitted[ended].tolist(), strict=True):
-                    outputs[running.pop(slot)] = ids[:count]
+                    outputs[running.pop(slot)] = ids[: cuts.get(slot, count)]
                     del ahead[slot]
                 if on_done:
                     on_done(len(ended))
@@ -149,7 +159,7 @@ class Decoder:
         """Makes or reuses the cache, the state on the device, and the graphs."""
         device = self.model.device
         if self.cache is None or self.cache.room < longest + limit or self.emitted.shape[1] <= limit:
-            self.cache, self.graphs = None, {}  # freed before the next is made
+            self.cache, self.graphs, self.logits = None, {}, {}  # freed before the next is made
             room, columns = (-(-size // ROOM_STEP) * ROOM_STEP for size in (longest + limit, limit + 1))
             self.cache = KVCache(self.model.config, self.slots, room, self.model.dtype, device)
             self.emitted = torch.zeros(self.slots, columns, dtype=torch.long, device=device)
@@ -162,6 +172,8 @@ class Decoder:
         self.runs.fill_(False)
         self.cache.lengths.fill_(1)
         self.limit.fill_(limit)
+        if self.draw:
+            self.draw.prepare(self.slots, limit, self.model.config.vocab_size, device)
         if self.captures:
             self._capture(width)
 
@@ -184,7 +196,10 @@ class Decoder:
                 for slot, mean in zip(slots, means, strict=True):
                     losses[began[slot]] = mean
                 states = states[torch.tensor([0, *accumulate(sizes)][:-1]).to(device)]
-            token, slot = _likeliest(product(states, head)), torch.tensor(slots).to(device)
+            logits, slot = product(states, head), torch.tensor(slots).to(device)
+            if self.draw:
+                self.draw.begin(slots, [began[slot] for slot in slots], prompts)
+            token = self.draw(logits, slot, torch.zeros_like(slot)) if self.draw else _likeliest(logits)
             goes = ~self._stops(token) & (self.limit > 0)
             self.cache.lengths[slot] = torch.tensor(kept).to(device)
             self.tokens[slot], self.emitted[slot, 0] = token, token
@@ -196,13 +211,23 @@ class Decoder:
             self.graphs[width].replay()
         else:
             self._advance(width, longest)
+        if self.draw:
+            self._note(width, self.draw(self.logits[width], torch.arange(width, device=self.counts.device), self.counts[:width]))
 
     def _advance(self, width: int, seen: int | None = None) -> None:
         """One more token for each of the first `width` slots; one that has ended writes where nothing is read."""
+        self.cache.lengths[:width] += self.runs[:width]
+        states = self.model.hidden(self.tokens[:width], Decode(self.cache, width, seen))  # (width, H)
+        logits = product(states, self.model.head_weight)
+        if self.draw:
+            self.logits[width] = logits  # where a graph is captured, the memory that it writes to
+        else:
+            self._note(width, _likeliest(logits))
+
+    def _note(self, width: int, chosen: Tensor) -> None:
+        """chosen (width,): the tokens of this step."""
         tokens, counts, runs = self.tokens[:width], self.counts[:width], self.runs[:width]
-        self.cache.lengths[:width] += runs
-        states = self.model.hidden(tokens, Decode(self.cache, width, seen))  # (width, H)
-        tokens.copy_(_likeliest(product(states, self.model.head_weight)))
+        tokens.copy_(chosen)
         self.emitted[:width].scatter_(1, counts[:, None], tokens[:, None])
         runs &= ~self._stops(tokens)
         counts += runs
@@ -211,6 +236,19 @@ class Decoder:
     def _stops(self, tokens: Tensor) -> Tensor:
         return (tokens[:, None] == self.stops).any(1)
 
+    def _cuts(self, slots: list[int], poll: int) -> dict[int, int]:
+        """{slot: tokens before it} of the sequences into which a stop text has come since the last look."""
+        if not (self.draw and self.draw.stop_texts and slots):
+            return {}
+        counts = self.counts[slots]
+        place = counts[:, None] + torch.arange(-(poll + self.draw.reach), 0, device=counts.device)  # (n, W)
+        tails = self.emitted[slots].gather(1, place.clamp(min=0)).tolist()
+        found = {}
+        for slot, count, tail in zip(slots, counts.tolist(), tails, strict=True):
+            if count and self.draw.stops_in(tail[-count:]):
+                found[slot] = self.draw.cut(self.emitted[slot, :count].tolist())
+        return {slot: at for slot, at in found.items() if at is not None}
+
     def _shrink(self, running: list[int], width: int) -> dict[int, int]:
         """Moves what runs in slots from `width` on into idle ones before it, and says where from and to."""
         sources = [slot for slot in running if slot >= width]
@@ -218,7 +256,7 @@ class Decoder:
         if moved:
             source, target = torch.tensor([list(moved), list(moved.values())]).to(self.model.device)
             self.cache.move(source, target)
-            for state in (self.tokens, self.counts, self.runs, self.emitted):
+            for state in (self.tokens, self.counts, self.runs, self.emitted, *(self.draw.states if self.draw else ())):
                 state[target] = state[source]
         return moved
 

@@ -27,6 +27,7 @@ Fine-tune a Llama on one task after another and see what it forgets.
   python train.py --datasets mine=path/to/file.jsonl --stage 1
   python train.py --mask bottom10 --inspect 3         show kept and dropped tokens, train nothing
   python train.py --compare_optimizers                AdamW against Muon, at several learning rates
+  python train.py --sequence a,b,c --rehearsal none,ssr          three tasks in sequence, with and without rehearsal
   python train.py --datasets_folder DIR --chunk 1 --mmlu DIR     fine-tune on each file, score MMLU before and after
 
 Order: defaults < --config FILE < flags. Without --config, the nano model takes configs/nano.yaml, or
@@ -54,6 +55,7 @@ TITLES = {
     "optimizer": "Optimizer",
     "masking": "Masking",
     "evaluation": "Evaluation",
+    "rehearsal": "Rehearsal, in a sequence",
 }
 
 
@@ -82,6 +84,8 @@ def parse(argv: list[str], program: str = "train") -> Any:
         notes.append(f"model      {told[0]} (from {told[1]}; --model wins over it)")
     if config.datasets_folder or config.study == "batch":
         config = _as_batch(config, asked, named)
+    if config.sequence or config.study == "sequences":
+        config = _as_sequences(config, named)
     if "comparison" in asked and "compare_optimizers" not in asked:
         config = dataclasses.replace(config, compare_optimizers=True)
     if config.compare_optimizers or config.study == "optimizers":
@@ -106,6 +110,27 @@ def _as_optimizer_study(config: Config, flags: dict[str, str], named: set[str]) 
         changes["out"] = f"{OUT}_optimizers"
     if config.comparison and "training.stage1.learning_rate" in flags and "comparison" not in flags:  # flags win over files
         changes["comparison"] = {name: [config.training.stage1.learning_rate] for name in config.comparison}
+    return dataclasses.replace(config, **changes)
+
+
+def _as_sequences(config: Config, named: set[str]) -> Config:
+    """The leaves that follow from --sequence."""
+    for wrong, line in (
+        (not config.sequence, "study: sequences needs --sequence, the tasks in their order: a,b,c"),
+        (config.study not in ("masks", "sequences") or config.compare_optimizers,
+         "--sequence is a study of its own; leave out --compare_optimizers"),
+        (config.pairs, "--sequence says the order of the tasks; leave out --pairs"),
+        (config.stage, "--sequence trains all its stages; leave out --stage"),
+        (config.inspect, "--inspect shows what a mask drops between two tasks; leave out --sequence"),
+        (config.mask and "," in config.mask, f"--sequence compares ways to rehearse, under one mask: not --mask {config.mask}"),
+    ):  # fmt: skip
+        if wrong:
+            raise LetheError(line)
+    changes: dict[str, Any] = {"study": "sequences", "mask": config.mask or "none"}
+    if "datasets" not in named:
+        changes["datasets"] = ",".join(dict.fromkeys(name.strip() for name in config.sequence.replace(";", ",").split(",") if name.strip()))
+    if "out" not in named:
+        changes["out"] = f"{OUT}_sequences"
     return dataclasses.replace(config, **changes)
 
 

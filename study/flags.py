@@ -19,7 +19,7 @@ from study.errors import LetheError
 from study.plan import nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-ALIASES = {"output_dir": "out", "model": "model.name", "optimizer": "optimizer.name", "lr": "learning_rate"}
+ALIASES = {"output_dir": "out", "model": "model.name", "optimizer": "optimizer.name", "lr": "learning_rate", "rehearsal": "rehearsal.arms"}
 
 # limits: (test, words); NaN fails every one of them
 POSITIVE = (lambda v: 0 < v < inf, "above 0")

@@ -206,6 +206,26 @@ def open_study(
 
 
 @contextlib.contextmanager
+def one_at_a_time(path: str | Path) -> Iterator[None]:
+    """Within it no other process of this project writes `path`; waits until that is so. Where there are no locks there is no waiting."""
+    path = Path(path)
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def in_use(path: str | Path) -> Iterator[None]:
     """Within it no other command may train or score in this study folder; LetheError where one does.
 

@@ -80,6 +80,8 @@ def states_of(scored: list[Scored]) -> list[State]:
 def _label(run: Run | None) -> str:
     if run is None:
         return "base"
+    if run.order:
+        return f"{run.arm}, stage {run.stage}"
     if run.changes:  # optimizers have their own stage 1
         return f"{run.arm}, stage {run.stage}"
     return "after stage 1" if run.stage == 1 else arm_label(run.arm)

@@ -43,6 +43,8 @@ NOT_IDENTITY = {
     "datasets_folder",
     "chunk",
     "salvage",
+    "sequence",
+    "rehearsal.arms",
     "keep",
     "max_memory",
     "compare_optimizers",

@@ -21,11 +21,17 @@ class Run:
     folder: str
     parent: str | None
     changes: dict = field(default_factory=dict, hash=False)  # leaves of the configuration that are this run's own
+    order: str = ""  # of a sequence (study/sequence.py): which one
+    past: tuple[str, ...] = ()  # the tasks before this one
+    policy: str | None = None  # the token mask, where the arms of the study are other than masks
+
+    def __post_init__(self):
+        object.__setattr__(self, "past", tuple(self.past))  # JSON gives a list
 
     @property
     def mask(self) -> str:
         """The token mask of this run: its arm, unless the arms of the study are other than masks."""
-        return "none" if self.changes else self.arm
+        return self.policy or ("none" if self.changes else self.arm)
 
     @property
     def task(self) -> str:
@@ -35,6 +41,8 @@ class Run:
 
 def title_of(run: Run) -> str:
     """ "gsm8k > svamp  mask_highest": tasks, and the arm where there can be several."""
+    if run.order:
+        return f"{' > '.join((*run.past, run.first))}  {run.arm}"
     tasks, arm = " > ".join(filter(None, (run.first, run.second))), run.arm if run.changes else arm_label(run.arm)
     return f"{tasks}  {arm}" if run.changes or run.second else tasks
 
@@ -142,11 +150,11 @@ def plan_batch(names: list[str]) -> list[Run]:
 
 
 def cells_to_score(runs: list[Run], tasks: list[str]) -> list[tuple[Run | None, str]]:
-    """(run, task) to score; run None is the base.  Base and stage 1 on every task, stage 2 on its first and second."""
+    """(run, task) to score; run None is the base.  Base, stage 1 and sequences on every task, stage 2 on its two."""
     tasks = list(dict.fromkeys(tasks))
     cells: list[tuple[Run | None, str]] = [(None, task) for task in tasks]
     for run in runs:
-        cells += [(run, task) for task in (tasks if run.stage == 1 else (run.first, run.second))]
+        cells += [(run, task) for task in (tasks if run.stage == 1 or run.order else (run.first, run.second))]
     return cells
 
 

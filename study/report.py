@@ -14,6 +14,8 @@ from study.logging import RunLog
 from study.plan import Run, in_order
 from study.plots import draw_all
 from study.results import summary_table
+from study.sequence import matrix_record, read_sequences, sequence_table
+from study.sequence_plots import draw_sequences
 
 
 def trained_runs(tree: Path) -> list[Run]:
@@ -51,6 +53,10 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
     """
     trees = seed_folders(root)
     trained = trained_runs(trees[0])
+    if any(run.order for run in trained):
+        report_sequences(root, trees, quiet)
+        report_general(root, trees, root / "sequence_plots", quiet)
+        return []
     compared = [run for run in trained if run.changes]
     if compared:
         report_comparison(root, quiet)
@@ -87,6 +93,24 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
     return rows
 
 
+def report_sequences(root: Path, trees: list[Path], quiet: bool) -> None:
+    """Table, matrix.json and pictures of a study of sequences."""
+    found, kinds = [], {}
+    for tree in trees:
+        record = read_json(tree / "study.json")
+        kinds |= record["kinds"]
+        found += read_sequences(tree, record["identity"]["settings"]["seed"], trained_runs(tree), kinds)
+    if not found:
+        raise LetheError(f"{root}: no sequence is trained and scored to its end yet; run the same train.py command again")
+    if not quiet:
+        print("\n" + sequence_table(found), flush=True)
+    pictures = draw_sequences(found, root / "sequence_plots")
+    log_pictures(root, pictures)
+    write_json(root / "matrix.json", matrix_record(found))
+    if not quiet:
+        print(f"\nresults    {root / 'matrix.json'}\npictures   {root / 'sequence_plots'}/ ({len(pictures)})")
+
+
 def report_general(root: Path, trees: list[Path], folder: Path, quiet: bool) -> tuple[list[dict], list[Path]]:
     """Table and picture of every column of general ability; its rows (also in general_results.json), and the pictures."""
     studied = [(tree, read_json(tree / "study.json"), trained_runs(tree)) for tree in trees]
@@ -115,4 +139,6 @@ def is_reported(root: Path) -> bool:
     results = root / "eval_results_mask.json"
     if not results.is_file():
         results = root / "eval_results_optimizers.json"
+    if not results.is_file():
+        results = root / "matrix.json"
     return results.is_file() and all(file.stat().st_mtime_ns <= results.stat().st_mtime_ns for file in root.glob("**/eval/*.jsonl"))

@@ -100,6 +100,24 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class RehearsalConfig:
+    arms: str | None = opt(None, "arms of a sequence, see study/sequence.py: none,random,ssr … (default: all)")
+    share: float = opt(0.1, "rows of each earlier task, as a share of what was trained on", (lambda v: 0 < v <= 1, "above 0, at most 1"))
+    relabel: Literal["once", "every_stage"] = opt("once", "ssr, self_output: when a model writes the answers anew")
+    floor: float | None = opt(None, "leave out answers of a lower mean log-probability, in nats a token")
+    equal: Literal["rows", "steps"] = opt("rows", "what arms share: the new task's rows and passes, or the steps of a stage")
+    demos: int = opt(20, "ssr: demonstrations that the base is shown some of", (lambda v: v >= 2, "2 or more"))
+    pool: float = opt(3.0, "ssr: invented rows for each one that is kept", (lambda v: v >= 1, "1 or more"))
+    temperature: float = opt(0.9, "ssr: of sampling", POSITIVE)
+    top_p: float = opt(0.6, "ssr: of sampling", (lambda v: 0 < v <= 1, "above 0, at most 1"))
+    repetition_penalty: float = opt(1.2, "ssr: of sampling; 1: none", POSITIVE)
+    clusters: int = opt(20, "kmeans, ssr: clusters that rows are taken from", POSITIVE)
+    l2_coefficient: float = opt(0.01, "l2: how strongly parameters are held", FROM_ZERO)
+    ewc_coefficient: float = opt(0.01, "ewc: the same, times each one's Fisher information, which may be 1e-8", FROM_ZERO)
+    fisher_samples: int = opt(200, "ewc: examples that its weights are estimated on", POSITIVE)
+
+
+@dataclass(frozen=True)
 class Config:
     """One study.  `sources` names the YAML files that were read, `notes` says what of them is not used; both are no leaves."""
 
@@ -120,11 +138,12 @@ class Config:
     inspect: int | None = opt(None, "show kept and dropped tokens of so many examples, train nothing", POSITIVE)
     print_config: bool = opt(False, "print what would run, train nothing")
     skip_training: bool = opt(False, "train nothing: score what is trained, draw tables and pictures")
-    study: Literal["masks", "optimizers", "batch"] = opt("masks", "what its arms are")
+    study: Literal["masks", "optimizers", "batch", "sequences"] = opt("masks", "what its arms are")
     compare_optimizers: bool = opt(False, "run every optimizer and rate of --comparison, not --optimizer alone")
     comparison: dict[str, list[float]] | None = opt(None, "'{adamw: [1e-3, 3e-3], muon: [3e-3]}' (default: both at one rate)", RATES)
     datasets_folder: str | None = opt(None, "fine-tune on each file of a folder (or one file), score --mmlu before and after", SOME_TEXT)
     chunk: str | None = opt(None, "which sub-folder of --datasets_folder: 1, 001 or chunk_001", SOME_TEXT)
+    sequence: str | None = opt(None, "train one task after another: a,b,c; several orders: 'a,b,c;c,a,b'", SOME_TEXT)
     full: bool = opt(False, "train all weights, no LoRA")
     quantize: Literal["none", "nf4", "int8"] = opt("none", "LoRA on a quantised base (nf4 needs bitsandbytes)")
     max_memory: str | None = opt(None, "6GiB: layers of the base beyond this wait in host memory", MEMORY)
@@ -141,6 +160,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
     arms: dict[str, dict] | None = opt(None, "YAML only: stage-2 settings of one arm, {bottom10: {learning_rate: 2e-5}}")
     sources: tuple = field(default=(), init=False, repr=False, compare=False)
     notes: tuple = field(default=(), init=False, repr=False, compare=False)
