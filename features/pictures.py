@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from features.outcomes import Joined, family
 from features.ranks import Relation
@@ -35,6 +36,8 @@ def relation_figure(one: Relation, joined: Joined) -> Figure:
         axes.plot(x[mine], y[mine], MARKS[k % len(MARKS)], color=colour, markersize=7, markeredgecolor="white", zorder=3, label=name)
     if x[kept].min() > 0 and x[kept].max() > 50 * x[kept].min():
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if y.min() < 0:
         axes.axhline(0, color=GREY, linewidth=1, zorder=1)
     axes.set_xlabel(one.feature)
