@@ -346,31 +346,32 @@ def evaluate_model(arguments: EvalConfig) -> None:
     )
     columns, asked = choose_columns(arguments), arguments.tasks or arguments.datasets
     tasks = {} if columns and not asked else choose_tasks(asked, arguments.data_root, arguments.model == "nano")
+    if arguments.no_merge and not tasks:
+        raise LetheError("--no_merge compares the answers on tasks; name some with --tasks")
     print(subject.about)
     if arguments.adapter:
         load_adapter(subject.model, arguments.adapter)
         print(f"adapter    {arguments.adapter} on {len(lora_layers(subject.model))} linears")
     rows, results, unmerged = [], [], {}
+
+    def keep(name: str, items: list[dict], found: list[dict]) -> None:
+        for row in found:
+            results.append({"model": arguments.model, "adapter": arguments.adapter, "task": name, **row})
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            rows.append([name, row["metric"], f"{row['value']:.3f}", interval, row["n"], row["unparsed"]])
+        if arguments.out:
+            write_jsonl(Path(arguments.out) / "eval" / f"{name}.jsonl", items)
+
     settings = {"max_test": arguments.max_test, "batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
     for task in tasks.values():
         items = score_task(subject.model, subject.tokenizer, task, **settings)
-        for row in summarise(items):
-            results.append({"model": arguments.model, "adapter": arguments.adapter, "task": task.name, **row})
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
-            rows.append([task.name, row["metric"], f"{row['value']:.3f}", interval, row["n"], row["unparsed"]])
-        if arguments.out:
-            write_jsonl(Path(arguments.out) / "eval" / f"{task.name}.jsonl", items)
+        keep(task.name, items, summarise(items))
         if arguments.no_merge:
             others = score_task(subject.model, subject.tokenizer, task, **settings, merge=False)
             unmerged[task.name] = differences_of(items, others)
     for column in columns.values():
         items = score_benchmark(subject, column, batch_size=arguments.batch_size)
-        for row in summarise_benchmark(items):
-            results.append({"model": arguments.model, "adapter": arguments.adapter, "task": column.name, **row})
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
-            rows.append([column.name, row["metric"], f"{row['value']:.3f}", interval, row["n"], row["unparsed"]])
-        if arguments.out:
-            write_jsonl(Path(arguments.out) / "eval" / f"{column.name}.jsonl", items)
+        keep(column.name, items, summarise_benchmark(items))
     print(format_table(rows, ["task", "metric", "value", "95 % interval", "n", "unparsed"]))
     for name, found in unmerged.items():
         told = f"{found['outputs']} of {found['n']} outputs, {found['answers']} answers and {found['flips']} verdicts"
