@@ -64,6 +64,10 @@ def rehearse(
                         max_length=max_length, answer_kind=task.answer_kind, report=report,
                     )  # fmt: skip
                 say(f"rehearse   {run.arm} {name}: {report}")
+                if not chosen:
+                    lower = "" if settings.floor is None else ", or give a lower --floor and another --out"
+                    mend = f"leave this arm out with --rehearsal{lower}"
+                    raise LetheError(f"--rehearsal {run.arm}: not one of {report.records} answers for {name} can be used; {mend}")
             write_jsonl(file, [as_row(record) for record in chosen])
         found[name] = load_records(file)
     return found

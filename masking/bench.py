@@ -105,7 +105,7 @@ class Bench:
 def settings_of(bench: Bench, run: Run) -> tuple[StageConfig, int | None, OptimizerConfig]:
     """(settings, max_train, optimizer) of one run: its stage's and its arm's, with what is the run's own."""
     config = changed(bench.config, run.changes)
-    settings, max_train = stage_config(config, run.stage, run.mask)
+    settings, max_train = stage_config(config, 1 if run.parent is None else run.stage, run.mask)  # from the base: as stage 1
     if run.past and config.rehearsal.equal == "steps" and run.arm != "mtl":  # as many as its own rows alone would take
         rows = len(bench.examples(run.task, max_train))
         steps = steps_of(rows, settings.batch_size * settings.gradient_accumulation, settings.epochs, settings.max_steps)
@@ -142,8 +142,8 @@ def masked_weights(bench: Bench, run: Run, examples: Examples) -> tuple[np.ndarr
         return None, {"completion_tokens": int(examples.completion_offsets[-1])}, None
     nll = bench.scores(run.parent if masking.reference == "start" else None, examples)
     # The difference filters ask whether a model trained plainly on this very task finds the token harder.
-    other = bench.scores(f"lora_base/{run.second}", examples) if "adapter_nll" in policies()[run.arm] else None
-    weights, stats = dataset_weights(examples, run.arm, bench.mask_settings(), nll, other, masking.mask_end, bench.seed)
+    other = bench.scores(f"lora_base/{run.second}", examples) if "adapter_nll" in policies()[run.mask] else None
+    weights, stats = dataset_weights(examples, run.mask, bench.mask_settings(), nll, other, masking.mask_end, bench.seed)
     return weights, stats, nll
 
 

@@ -26,6 +26,8 @@ def plan(config: Config, tasks: list[str]) -> list[Run]:
         arms = parse_rehearsal(config.rehearsal.arms)
         parse_arms(config.mask, policies())
         refuse_masks(config, [config.mask])
+        if "adapter_nll" in policies()[config.mask]:
+            raise LetheError(f"--mask {config.mask} asks a model trained on each task alone, which a sequence has not; choose another mask")
         return plan_sequences(parse_orders(config.sequence, tasks), arms, config.mask)
     compared = optimizer_arms(config)
     if compared is not None:

@@ -85,7 +85,7 @@ def parse(argv: list[str], program: str = "train") -> Any:
     if config.datasets_folder or config.study == "batch":
         config = _as_batch(config, asked, named)
     if config.sequence or config.study == "sequences":
-        config = _as_sequences(config, named)
+        config = _as_sequences(config, asked, named)
     if "comparison" in asked and "compare_optimizers" not in asked:
         config = dataclasses.replace(config, compare_optimizers=True)
     if config.compare_optimizers or config.study == "optimizers":
@@ -113,8 +113,8 @@ def _as_optimizer_study(config: Config, flags: dict[str, str], named: set[str]) 
     return dataclasses.replace(config, **changes)
 
 
-def _as_sequences(config: Config, named: set[str]) -> Config:
-    """The leaves that follow from --sequence."""
+def _as_sequences(config: Config, flags: dict[str, str], named: set[str]) -> Config:
+    """The leaves that follow from --sequence.  flags: leaves given as flags; named: given at all."""
     for wrong, line in (
         (not config.sequence, "study: sequences needs --sequence, the tasks in their order: a,b,c"),
         (config.study not in ("masks", "sequences") or config.compare_optimizers,
@@ -123,12 +123,17 @@ def _as_sequences(config: Config, named: set[str]) -> Config:
         (config.stage, "--sequence trains all its stages; leave out --stage"),
         (config.inspect, "--inspect shows what a mask drops between two tasks; leave out --sequence"),
         (config.mask and "," in config.mask, f"--sequence compares ways to rehearse, under one mask: not --mask {config.mask}"),
+        (config.arms, "arms: are settings of masks that are compared, and --sequence has one; leave them out"),
+        (config.shard == "model" and {"None", "all", "ewc"} & {arm.strip() for arm in str(config.rehearsal.arms).split(",")},
+         "ewc needs the gradients of single examples, which --shard model has not; name the other arms with --rehearsal"),
     ):  # fmt: skip
         if wrong:
             raise LetheError(line)
     changes: dict[str, Any] = {"study": "sequences", "mask": config.mask or "none"}
-    if "datasets" not in named:
-        changes["datasets"] = ",".join(dict.fromkeys(name.strip() for name in config.sequence.replace(";", ",").split(",") if name.strip()))
+    if "datasets" not in flags:  # a file may name others (configs/nano.yaml does), and say where these lie: name=file.jsonl
+        specs = {part.partition("=")[0].strip(): part.strip() for part in (config.datasets or "").split(",")}
+        tasks = dict.fromkeys(name.strip() for name in config.sequence.replace(";", ",").split(",") if name.strip())
+        changes["datasets"] = ",".join(specs.get(name, name) for name in tasks)
     if "out" not in named:
         changes["out"] = f"{OUT}_sequences"
     return dataclasses.replace(config, **changes)
@@ -177,6 +182,7 @@ def _refuse_conflicts(config: Config) -> None:
          "without it the same command continues each from its newest"),
         (resumed and config.skip_training, f"{shown} trains and --skip_training does not; give one of them"),
         (config.resume_stage2 and config.stage == 1, "--resume_stage2 goes on with stage 2, and --stage 1 ends before it; leave out one"),
+        (config.rehearsal.arms and config.study != "sequences", "--rehearsal names arms of a sequence; give its tasks: --sequence a,b,c"),
         (config.chunk and not config.datasets_folder, "--chunk chooses among the sub-folders of --datasets_folder; give that too"),
         (config.strict and config.salvage, "--strict makes a cut file an error, --salvage takes its rows before the cut; give one of them"),
         (config.inspect and config.skip_training, "--inspect and --skip_training: give one of them"),

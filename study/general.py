@@ -140,7 +140,7 @@ def general_table(scored: list[Scored], column: str) -> str:
          f"{100 * min(state.each):.1f}" if state.runs > 1 else "-"]
         for state in states
     ]  # fmt: skip
-    headers = ["state", "accuracy", "macro", "change from base", "change by stage 2", "answer nll", "models", "lowest of them"]
+    headers = ["state", "accuracy", "macro", "change from base", "change by last stage", "answer nll", "models", "lowest of them"]
     used = [i for i in range(len(headers)) if any(row[i] != "-" for row in table)]
     about = f"{items} items" + (f" in {subjects} subjects" if subjects else "")
     title = f"General ability: {column}, {about}, in %; changes on the same items, 95 % over items" + (" and seeds" if seeds > 1 else "")

@@ -78,6 +78,8 @@ def identity_of(config: Any, model: str, data: dict[str, str], seed: int | None 
         del found["optimizer.name"]
         first, second = (found.pop(f"training.stage{n}.learning_rate") for n in (1, 2))
         found["training.stage2.rate_to_stage1"] = second / first
+    if found.get("study") == "sequences":
+        found["mask"] = config.mask  # one for all runs, so no folder's name tells it
     if seed is not None:
         found["seed"] = seed
     return {"model": model, "data": dict(data), "settings": found}

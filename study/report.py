@@ -53,7 +53,7 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
     """
     trees = seed_folders(root)
     trained = trained_runs(trees[0])
-    if any(run.order for run in trained):
+    if read_json(trees[0] / "study.json")["identity"]["settings"].get("study") == "sequences":
         report_sequences(root, trees, quiet)
         report_general(root, trees, root / "sequence_plots", quiet)
         return []

@@ -1,7 +1,7 @@
 """Sequences of tasks: which runs they have, and what R, the score on every task after every stage, says of each arm.
 
 Stage 1 is lora_base/{task}, the same for all arms and orders; stage k goes on from stage k - 1 in
-sequence/{arm}/{order}/{k}_{task}/. An arm is a way to keep what earlier stages taught:
+sequence/{arm}/{order}/{k}_{task}/, where order is the tasks with commas between. An arm is a way to keep what earlier stages taught:
 
     none                nothing is done
     random, kmeans      real rows of every earlier task, drawn at random or near the centres of clusters
@@ -34,6 +34,7 @@ WITH_ROWS = ("random", "kmeans", "replay", "self_output", "ssr", "ssr_random", "
 WRITTEN = ("self_output", "ssr", "ssr_random")  # whose answers the stage's own model writes
 SYNTHETIC = ("ssr", "ssr_random")
 ANCHORED = ("l2", "ewc")
+LONGEST = 180  # letters of an order: file systems take 255 for a name, and TensorBoard's hold arm and task too
 METRICS = {"AR": "average after the last stage", "BWT": "change of earlier tasks since they were learned", "forgetting": "from their best",
            "FWT": "on a task before it is trained, less the base", "learning": "on a task when it is trained, less the base"}  # fmt: skip
 
@@ -68,16 +69,21 @@ def parse_rehearsal(text: str | None) -> list[str]:
     return arms
 
 
-def order_name(order: list[str], number: int) -> str:
-    return f"order{number}"
+def order_name(order: list[str]) -> str:
+    """What an order is called, also on disk: its tasks, as --sequence has them. So no other order is ever taken for it."""
+    return ",".join(order)
 
 
 def plan_sequences(orders: list[list[str]], arms: list[str], mask: str) -> list[Run]:
     """All runs, parents before children: stage 1 of every order's first task, then each order under each arm."""
     firsts = dict.fromkeys(order[0] for order in orders)
     runs = [Run(1, "none", task, None, f"lora_base/{task}", None, policy=mask) for task in firsts]
-    for number, order in enumerate(orders, 1):
-        name = order_name(order, number)
+    for order in orders:
+        name = order_name(order)
+        if len(name) > LONGEST:
+            raise LetheError(
+                f"--sequence: {name[:60]}… is {len(name)} letters long, and folders take {LONGEST}; give the tasks shorter names"
+            )
         for arm in arms:
             parent = f"lora_base/{order[0]}"
             for k, task in enumerate(order[1:], 2):
@@ -144,7 +150,7 @@ def read_sequences(tree: Path, seed: int, runs: list[Run], kinds: dict[str, str]
     found = []
     for (order, arm), chain in chains.items():
         chain = sorted(chain, key=lambda run: run.stage)
-        tasks = [*chain[-1].past, chain[-1].first]
+        tasks = order.split(",")
         if len(chain) != (1 if arm == "mtl" else len(tasks) - 1):
             continue
         folders = [f"lora_base/{tasks[0]}", *(run.folder for run in chain)] if arm != "mtl" else [chain[0].folder]
@@ -211,5 +217,6 @@ def sequence_table(found: list[Sequence]) -> str:
         rows.append([arm, *told, f"{np.mean(seen):.0f}" if seen and any(seen) else "0", len(members)])
     several = len({(one.order, one.seed) for one in found})
     means = f"; means over {several} orders and seeds" if several > 1 else ""
-    title = f"Sequences of {len(found[0].tasks)} tasks, in %, 95 % intervals{means}"
+    lengths = " or ".join(map(str, sorted({len(one.tasks) for one in found})))
+    title = f"Sequences of {lengths} tasks, in %, 95 % intervals{means}"
     return f"{title}\n" + format_table(rows, ["arm", *METRICS, "rehearsed rows a stage", "sequences"])

@@ -430,7 +430,7 @@ def test_the_table():
     text = general_table(found, "words")
     lines = text.splitlines()
     assert lines[0] == "General ability: words, 8 items in 2 subjects, in %; changes on the same items, 95 % over items"
-    assert lines[1].split("  ")[0] == "state" and "change by stage 2" in lines[1]
+    assert lines[1].split("  ")[0] == "state" and "change by last stage" in lines[1]
     last = lines[-1].split()
     assert last[:3] == ["lora_transfer", "0.0", "0.0"] and last[3] == "-75.0" and text.count("-75.0") == 2 and "2.000" in last
     assert "gave no answer" not in text
