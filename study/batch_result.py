@@ -23,6 +23,7 @@ ABOUT = {
     "processed_files": "files with a row in results, those that failed too; total_files - processed_files are still to do",
     "max_samples": "most questions of the benchmark that were asked, the same for all files; null: all",
     "content_hash": "sha256 of the file's bytes",
+    "note": "what of a file could not be used, where it was trained on in part",
     "status": "ok, or failed: the reason says why, and finetuned_model is null",
     "base_model, finetuned_model": "the same questions before and after training on the file",
     "overall_accuracy": "share of all questions; one without a readable answer is wrong, and counted in unparsed",
@@ -108,6 +109,7 @@ def _row(folder: Path, name: str, file: Path, column: str, base: list[dict]) -> 
         "folder_name": file.resolve().parent.name,
         "content_hash": _content_hash(file),
         "status": "ok" if items else "failed",
+        "note": _note(record) if items else None,
         "reason": None if items else str(failure.get("reason") or "not known"),
         "training_info": {
             "training_metrics": {ours: record.get(key) for ours, key in metrics.items()},
@@ -120,6 +122,13 @@ def _row(folder: Path, name: str, file: Path, column: str, base: list[dict]) -> 
         "seconds": record.get("seconds"),
         "memory_gib": record.get("memory_gib"),
     }
+
+
+def _note(record: dict) -> str | None:
+    """What of the file was not trained on."""
+    data = record.get("data") or {}
+    shown = data.get("bad_rows_shown") or [""]
+    return f"{data['bad_rows']} rows left out, the first: {shown[0]}" if data.get("bad_rows") else None
 
 
 def _content_hash(file: Path) -> str | None:
@@ -190,7 +199,8 @@ def table(rows: list[dict]) -> str:
             *(None if side is None else side["answer_nll"] for side in (before, after)),
         ])  # fmt: skip
     headers = ["data set", "examples", "before %", "after %", "change", "95 %", "p", "nll before", "after"]
-    failed = [f"failed     {row['dataset']}: {row['reason']}" for row in rows if row["status"] != "ok"]
+    failed = [f"in part    {_short(row['dataset'])}: {row['note'].partition(', the first')[0]}" for row in rows if row.get("note")]
+    failed += [f"failed     {row['dataset']}: {row['reason']}" for row in rows if row["status"] != "ok"]
     return "\n".join(([format_table(lines, headers)] if lines else []) + failed) or "no file is done yet"
 
 

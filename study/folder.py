@@ -279,6 +279,7 @@ def newest_study(root: str | Path = "out") -> Path:
     """The study under `root` (up to three levels down) that was begun or continued last."""
     root = Path(root)
     found = [p for depth in ("", "*/", "*/*/", "*/*/*/") for p in root.glob(depth + "study.json")]
+    found = [p for p in found if "batch" not in read_json(p, default={})] or found  # a batch has its own table
     if not found:
         raise LetheError(f"no study under {root}/; train one first (python train.py) or name one with --root")
     newest = max(found, key=lambda p: p.stat().st_mtime_ns).parent

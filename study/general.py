@@ -165,7 +165,7 @@ def general_figure(scored: list[Scored], column: str) -> Figure:
             axes.plot([100 * value for value in state.each], [place] * len(state.each), "o", color=colour, alpha=0.35, markersize=5)
         axes.plot(100 * state.accuracy, place, "D", color=colour, markersize=7, zorder=4)
         if state.from_base and base:
-            ends = [100 * (base.accuracy + state.from_base[end]) for end in ("low", "high")]
+            ends = [100 * min(max(base.accuracy + state.from_base[end], 0.0), 1.0) for end in ("low", "high")]  # an accuracy
             axes.plot(ends, [place, place], color=colour, linewidth=2.5, zorder=3, solid_capstyle="butt")
             axes.annotate(f"{100 * state.from_base['difference']:+.1f}", (1.01, place), xycoords=("axes fraction", "data"),
                           va="center", fontsize=9, color=colour)  # fmt: skip

@@ -274,6 +274,7 @@ def test_table(tree, tmp_path):
     text = table(rows(tree, runs_of(tmp_path), "mmlu_5shot"))
     assert re.search(r"^good +40 +75\.0 +25\.0 +-50\.0 +-\d+\.\d to [-+]\d+\.\d +0\.5000 +1\.000 +2\.000$", text, re.MULTILINE)
     assert text.splitlines()[-1] == "failed     bad: bad.json:3: the file is cut off"
+    assert re.search(r"^in part    good: \d+ rows left out$", text, re.MULTILINE)  # of a salvaged file, say
     assert table([]) == "no file is done yet"
     long = rows(tree, [("a" * 80, tmp_path / "a.json", "lora_base/good")], "mmlu_5shot")
     assert max(map(len, table(long).splitlines())) <= 110
