@@ -355,8 +355,8 @@ def evaluate_model(arguments: EvalConfig) -> None:
     rows, results, unmerged = [], [], {}
 
     def keep(name: str, items: list[dict], found: list[dict]) -> None:
+        results.extend({"model": arguments.model, "adapter": arguments.adapter, "task": name, **row} for row in found)
         for row in sorted(found, key=lambda row: not row["metric"].startswith("accuracy/")):  # what sums up comes last, and is seen
-            results.append({"model": arguments.model, "adapter": arguments.adapter, "task": name, **row})
             interval = f"{row['low']:.3f} to {row['high']:.3f}"
             rows.append([name, row["metric"], f"{row['value']:.3f}", interval, row["n"], row["unparsed"]])
         if arguments.out:
