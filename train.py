@@ -9,14 +9,11 @@ Read from `fit` (one optimizer step after another) to `train_run` (one adapter) 
 
 from __future__ import annotations
 
-import errno
-import gc
 import json
 import math
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,24 +22,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from model.growth import grow
+from study.growth import report_growth
 from torch import Tensor, nn
 
 import eval as evaluation
 from data.batching import Micro, collate, micro_tokens_of, step_indices, steps_of
+from data.corpus import Corpus, load_corpus
 from data.folder import whole_file
 from lora.layers import dropout_keys
-from lora.resume import Learner, Tally, asked_checkpoint, resume, save_checkpoint
-from lora.states import put_on, save_state, state_fingerprint
+from lora.resume import Learner, Tally, asked_checkpoint, refuse_other, resume, save_checkpoint
+from lora.states import fresh_model, save_state, state_fingerprint
+from masking.attempts import forget_changed, one_by_one
 from masking.bench import Bench, begin, log_masked_examples, masked_weights, settings_of, show_masks
 from masking.outline import plan, plan_lines
 from masking.score import example_weights, micro_nll
 from masking.weights import policies
 from model.attention import Pack
-from model.checkpoint import find_model, load_config
+from model.checkpoint import find_model, load_config, load_model
+from model.config import training_flops
 from model.generate import Decoder
 from model.llama import Llama
 from model.sharding import check_optimizers, gathered, idle_pass, is_sharded, load_sharded
 from model.subject import load_subject, resolve
+from model.tokenizer import load_tokenizer
 from optim.anchor import Anchor
 from optim.masters import collect_gradients, write_back
 from optim.parallel import ALONE, RankLost, Ranks
@@ -53,12 +56,12 @@ from study.batch_result import BatchResult
 from study.config import config_text, optimizer_arms, parse, parse_seeds
 from study.errors import LetheError, is_out_of_memory, run_command
 from study.folder import StudyFolder, expand_out, in_use, is_done, open_study, read_json, seed_folders, write_json
-from study.identity import identity_of
+from study.identity import circumstances, identity_of
 from study.logging import RunLog, memory_gib, progress, say
 from study.plan import Run, numbered, title_of
-from study.queue import Job, QueueError, gather
+from study.queue import Job, Workers, gather
 from study.report import in_reading_order, is_reported, report, report_general, trained_runs
-from study.settings import Config
+from study.settings import Config, PretrainingConfig, StageConfig
 from study.signals import Interrupted, stop_on_signal
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,6 +226,61 @@ def smaller_passes(model: Llama, parameters: list[nn.Parameter], micros: list[Mi
 # One run
 
 
+def follow(
+    learner: Learner, steps: Callable[[int, int], Iterator[Step]], tree: Path, run: str, label: str, total: int, same: dict, *,
+    per_epoch: int, stage: int, settings: StageConfig | PretrainingConfig, micro_tokens: int, keep: int, name: str, ranks: Ranks,
+    hparams: dict, asked: Path | None = None, check: Callable[[], None] = lambda: None, tell: Callable = print,
+    begins: Callable[[RunLog], None] = lambda log: None, scores: Callable[[], dict[str, float]] | None = None,
+) -> Tally:  # fmt: skip
+    """Takes the steps of a run, from its newest checkpoint on, and logs, scores and saves on the way as the settings say.
+
+    steps(start, micro_tokens) gives them; run is its folder in `tree`; same: what a checkpoint must have in common with it. After SIGINT or
+    SIGTERM the step is finished and saved, and Interrupted raised.
+    """
+    folder, tally, same = tree / run, Tally(micro_tokens), json.loads(json.dumps(same))
+    with ranks.main_first():
+        saved, done = resume(folder, learner, same, asked, keep, ranks), 0
+    if saved:
+        done, budget = saved["step"], tally.micro_tokens
+        tally.__dict__.update(saved["tally"])
+        tally.micro_tokens = min(tally.micro_tokens, budget)
+        tell(f"resumed    {run} after step {done} of {total}")
+    before, began, speed = tally.seconds, time.perf_counter(), 0.0
+    with (
+        RunLog(tree, run, done, enabled=ranks.main) as log,
+        progress(total, " ".join(label.split()), " steps", start=done, enabled=ranks.main) as bar,
+        stop_on_signal() as stop,
+    ):
+        if not done:
+            begins(log)
+        for step in steps(done, tally.micro_tokens):
+            number = step.number + 1
+            tally.add(step)
+            check()
+            if number % settings.log_steps == 0 or number in (1, total):
+                tally.close_line()
+                speed = tally.tokens / (before + time.perf_counter() - began)  # after the reading, which waits for the device
+                log.scalars({"train/loss": tally.last_loss, "train/learning_rate": step.learning_rate, "train/grad_norm": step.grad_norm,
+                             "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()},
+                            number, tokens=tally.tokens)  # fmt: skip
+            bar.update(1, loss=tally.last_loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
+            if scores is not None and (number % settings.eval_steps == 0 or number == total) and ranks.main:
+                log.scalars(scores(), number)
+            stops = bool(ranks.most(stop.asked))
+            if number < total and (stops or number % settings.save_steps == 0):
+                tally.seconds = before + time.perf_counter() - began
+                log.flush()
+                state = {"same": same, "tally": tally.state()}  # a loss that is not finite is an error here, and never saved
+                if ranks.main or is_sharded(learner.model):
+                    save_checkpoint(folder, stage, number / per_epoch, number, learner, state, keep, name, ranks)
+            if stops:
+                raise Interrupted
+        tally.seconds = before + time.perf_counter() - began
+        ends = {"train/final_loss": tally.last_loss, "train/dropped_share": 1 - float(np.mean(tally.kept))}
+        log.hparams(hparams, ends, total)
+    return tally
+
+
 def train_run(bench: Bench, run: Run, label: str) -> None:
     """Trains one run from its newest checkpoint on, and writes what it leaves, its log and, last, its manifest run.json."""
     config, model, folder, ranks = bench.config, bench.trained, bench.study.dir(run.folder), bench.ranks
@@ -259,68 +317,37 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
         bench.tell("optimizer  " + ("adamw for all parameters" if o.name == "adamw" else "\n           ".join(partition)))
         bench.told.append(partition)
     anchor = bench.anchor(run, list(names), list(parameters), learner.masters)
-    tally = Tally(micro_tokens_of(config.micro_tokens, model.device))
-    same = json.loads(json.dumps({
+    same = {
         "run": run.__dict__, "base": model.fingerprint, "tokens": examples.key, "steps": total, "examples_per_step": per_step,
         "optimizer": choice, "warmup": warmup, "schedule": settings.scheduler, "seed": bench.seed, "mask": mask_stats,
         "lora": None if config.full else config.lora.__dict__, "masking": None if run.mask == "none" else config.masking.__dict__,
         "max_grad_norm": settings.max_grad_norm, "dtype": str(model.dtype).removeprefix("torch."),
         "rehearsal": rehearsed, "anchor": anchor and [anchor.coefficient, anchor.fisher is not None],
-    }))  # fmt: skip
-    with ranks.main_first():
-        saved, done = resume(folder, learner, same, asked_checkpoint(config, run), config.keep, ranks), 0
-    if saved:
-        done, budget = saved["step"], tally.micro_tokens
-        tally.__dict__.update(saved["tally"])
-        tally.micro_tokens = min(tally.micro_tokens, budget)
-        bench.tell(f"resumed    {run.folder} after step {done} of {total}")
+    }  # fmt: skip
 
-    steps = fit(
-        model, learner, batches, total, start=done, micro_tokens=tally.micro_tokens, schedule=settings.scheduler, warmup=warmup,
-        max_grad_norm=settings.max_grad_norm, normalize="all" if run.mask == "soft" else config.masking.normalize,
-        online_weights=online, seed=bench.seed, ranks=ranks, anchor=anchor,
-    )  # fmt: skip
+    def steps(start: int, micro_tokens: int) -> Iterator[Step]:
+        return fit(
+            model, learner, batches, total, start=start, micro_tokens=micro_tokens, schedule=settings.scheduler, warmup=warmup,
+            max_grad_norm=settings.max_grad_norm, normalize="all" if run.mask == "soft" else config.masking.normalize,
+            online_weights=online, seed=bench.seed, ranks=ranks, anchor=anchor,
+        )  # fmt: skip
+
+    def begins(log: RunLog) -> None:
+        log.text("config", "```\n" + config_text(config) + "```")
+        log_masked_examples(bench, log, examples, nll, weights)
+
     if ranks.main:
         shutil.rmtree(folder / "eval", ignore_errors=True)  # scores of what was there before
-    before, began, speed = tally.seconds, time.perf_counter(), 0.0
-    with (
-        RunLog(bench.study.path, run.folder, done, enabled=ranks.main) as log,
-        progress(total, " ".join(label.split()), " steps", start=done, enabled=ranks.main) as bar,
-        stop_on_signal() as stop,
-    ):
-        if not done:
-            log.text("config", "```\n" + config_text(config) + "```")
-            log_masked_examples(bench, log, examples, nll, weights)
-        for step in steps:
-            number = step.number + 1
-            tally.add(step)
-            bench.check()
-            if number % settings.log_steps == 0 or number in (1, total):
-                tally.close_line()
-                speed = tally.tokens / (before + time.perf_counter() - began)  # after the reading, which waits for the device
-                log.scalars({"train/loss": tally.last_loss, "train/learning_rate": step.learning_rate, "train/grad_norm": step.grad_norm,
-                             "train/kept_share": step.kept, "train/tokens_per_s": speed, "train/memory_gib": memory_gib()},
-                            number, tokens=tally.tokens)  # fmt: skip
-            bar.update(1, loss=tally.last_loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
-            if settings.eval_steps and number % settings.eval_steps == 0 and ranks.main:
-                log.scalars(held_out_scores(bench, run), number)
-            stops = bool(ranks.most(stop.asked))
-            if number < total and (stops or number % settings.save_steps == 0):
-                tally.seconds = before + time.perf_counter() - began
-                log.flush()
-                epoch = number / math.ceil(len(examples) / per_step)
-                state = {"same": same, "tally": tally.state()}  # a loss that is not finite is an error here, and never saved
-                if ranks.main or is_sharded(model):
-                    save_checkpoint(folder, run.stage, epoch, number, learner, state, config.keep, bench.subject.name, ranks)
-            if stops:
-                raise Interrupted
-        tally.seconds = before + time.perf_counter() - began
-        dropped = 1 - float(np.mean(tally.kept))
-        log.hparams({"stage": run.stage, "arm": run.arm, "first": run.first, "second": run.second, "seed": bench.seed,
-                     "optimizer": o.name, "learning_rate": settings.learning_rate, "epochs": settings.epochs,
-                     "examples_per_step": per_step, "lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha},
-                    {"train/final_loss": tally.last_loss, "train/dropped_share": dropped}, total)  # fmt: skip
-
+    tally = follow(
+        learner, steps, bench.study.path, run.folder, label, total, same, per_epoch=math.ceil(len(examples) / per_step), stage=run.stage,
+        settings=settings, micro_tokens=micro_tokens_of(config.micro_tokens, model.device), keep=config.keep, name=bench.subject.name,
+        ranks=ranks, asked=asked_checkpoint(config, run), check=bench.check, tell=bench.tell, begins=begins,
+        scores=partial(held_out_scores, bench, run) if settings.eval_steps else None,
+        hparams={"stage": run.stage, "arm": run.arm, "first": run.first, "second": run.second, "seed": bench.seed,
+                 "optimizer": o.name, "learning_rate": settings.learning_rate, "epochs": settings.epochs,
+                 "examples_per_step": per_step, "lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha},
+    )  # fmt: skip
+    dropped = 1 - float(np.mean(tally.kept))
     if weights is None:
         mask_stats["dropped_share"] = dropped
     if not tally.outcomes.get("stepped"):
@@ -361,12 +388,163 @@ def held_out_scores(bench: Bench, run: Run) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+def pretrain(
+    config: Config, start: Path, corpus: Corpus, total: int, tree: Path, run: str, label: str, *, skip: int = 0, before: float = 0.0,
+    ranks: Ranks = ALONE, check: Callable[[], None] = lambda: None, tell: Callable = print,
+) -> None:  # fmt: skip
+    """Trains every weight of the model in `start` for `total` steps; tree/run becomes a Hugging Face folder with, last, pretraining.json.
+
+    skip: rows of the corpus that have been seen before. before: FLOPs that the model in `start` has cost.
+    """
+    p, o, folder = config.pretraining, config.optimizer, tree / run
+    device, dtype, _ = resolve(config.device if ranks.device is None else str(ranks.device), config.dtype)
+    model = load_model(start, getattr(torch, dtype), device).requires_grad_(True)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    warmup, per_step = min(p.warmup_steps, total // 10), p.rows_per_step * p.row_length
+    choice = {"name": p.optimizer, "learning_rate": p.learning_rate, "adamw_rate": p.adamw_rate if p.optimizer == "muon" else None,
+              "weight_decay": p.weight_decay, "betas": (o.beta1, p.adamw_beta2), "eps": o.eps, "momentum": o.momentum,
+              "nesterov": o.nesterov, "ns_steps": o.ns_steps, "muon_scale": o.muon_scale, "muon_factors": o.muon_factors}  # fmt: skip
+    learner = Learner(model, list(parameters), lambda masters: optimizers_of(list(names), masters, **choice))
+    flops = training_flops(model.config, p.row_length)
+    same = {"start": model.fingerprint, "corpus": corpus.key, "skip": skip, "steps": total, "rows_per_step": p.rows_per_step,
+            "optimizer": choice, "warmup": warmup, "schedule": p.scheduler, "floor": p.final_rate, "max_grad_norm": p.max_grad_norm,
+            "seed": config.seed, "dtype": dtype}  # fmt: skip
+    if (done := read_json(folder / "pretraining.json", {})).get("status") == "done":
+        refuse_other(folder, done["same"], same)
+        return
+
+    def batches(step: int, micro_tokens: int) -> list[Micro]:
+        rows = corpus.rows_of(step, p.rows_per_step, config.seed, skip)
+        return corpus.micros([rows[i] for i in ranks.share(range(len(rows)), [p.row_length] * len(rows))], micro_tokens)
+
+    def steps(done: int, micro_tokens: int) -> Iterator[Step]:
+        return fit(model, learner, batches, total, start=done, micro_tokens=micro_tokens, schedule=p.scheduler, warmup=warmup,
+                   floor=p.final_rate, max_grad_norm=p.max_grad_norm, seed=config.seed, ranks=ranks)  # fmt: skip
+
+    micro_tokens = micro_tokens_of(config.micro_tokens, model.device)
+    tally = follow(
+        learner, steps, tree, run, label, total, same, per_epoch=-(-len(corpus) // p.rows_per_step), stage=0, settings=p,
+        micro_tokens=micro_tokens, keep=config.keep, name=str(start), ranks=ranks, check=check, tell=tell,
+        begins=lambda log: log.scalars(held_out_loss(model, corpus, micro_tokens), 0),
+        scores=partial(held_out_loss, model, corpus, micro_tokens), hparams={"optimizer": p.optimizer, "learning_rate": p.learning_rate},
+    )  # fmt: skip
+    if not ranks.main:
+        return
+    save_state(model, folder, str(start))
+    held_out = held_out_loss(model, corpus, micro_tokens)["eval/nll"]
+    write_json(folder / "pretraining.json", {
+        "status": "done", "start": str(start), "same": same, "tokens": total * per_step, "tokens_per_step": per_step,
+        "flops_per_token": flops, "flops_before": before, "flops": before + flops * total * per_step,
+        "layers": model.config.num_hidden_layers, "parameters": sum(x.numel() for x in parameters),
+        "seconds": round(tally.seconds, 3), "final_loss": tally.last_loss, "held_out_nll": held_out, "outcomes": tally.outcomes,
+        "memory_gib": memory_gib(), **circumstances(),
+    })  # fmt: skip
+    print(f"{label}  {total} steps  loss {tally.last_loss:.3f}, held-out {held_out:.3f}  {tally.tokens / tally.seconds / 1000:.1f}k tok/s "
+          f"{tally.seconds:.0f} s", flush=True)  # fmt: skip
+
+
+@torch.inference_mode()
+def held_out_loss(model: Llama, corpus: Corpus, micro_tokens: int) -> dict[str, float]:
+    """Mean nll of the held-out rows' tokens, in nats."""
+    was_training = model.training
+    model.eval()
+    losses = [micro_nll(model, micro.to(model.device)).double().sum() for micro in corpus.test_micros(micro_tokens)]
+    model.train(was_training)
+    return {"eval/nll": float(torch.stack(losses).sum()) / (corpus.held_out * (corpus.row_length - 1))}
+
+
+def run_pretraining(config: Config) -> None:
+    """--corpus: one model, from its own weights or (--fresh) from random ones."""
+    p, (ranks, _) = config.pretraining, gather(config)
+    root, source = expand_out(config.out, config.model.name), find_model(config.model.name)
+    with ranks.main_first():
+        corpus = load_corpus(p.corpus, load_tokenizer(source, config.template), root / "tokens", tokens=p.tokens, row_length=p.row_length,
+                             held_out=p.held_out, seed=config.seed)  # fmt: skip
+        start = fresh_model(source, p.shape or {}, config.seed, root / "start") if p.fresh else source
+    total = math.ceil(p.tokens / (p.rows_per_step * p.row_length))
+    if ranks.main:
+        print(f"corpus     {p.corpus}: {len(corpus)} rows of {p.row_length} tokens, {corpus.held_out} more held out; {total} steps")
+    with in_use(root) if ranks.main else nullcontext():
+        pretrain(config, start, corpus, total, root, "model", "pretraining", ranks=ranks)
+    ranks.barrier()
+    ranks.stop()
+    if ranks.main:
+        print(f"model      {root / 'model'}: a Hugging Face folder, which --model takes")
+        print(f"curves     tensorboard --logdir {root / 'tensorboard'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Growth: one model grown from a small one, one as large from the beginning, both fine-tuned through the same sequence
+
+
+def grown_and_naive(config: Config, root: Path, ranks: Ranks, workers: Workers, tell: Callable) -> dict[str, Path]:
+    """Pretrains both at equal FLOPs, or finds them: the grown one's are those of its small source and its own together."""
+    p, g, source = config.pretraining, config.growth, find_model(config.model.name)
+    models, per_step = root / "models", p.rows_per_step * p.row_length
+    layers = (p.shape or {}).get("num_hidden_layers", load_config(source).num_hidden_layers)
+    if layers % g.factor:
+        raise LetheError(f"growth: {layers} layers are no multiple of --factor {g.factor}; give --shape another num_hidden_layers")
+    with ranks.main_first(), workers.main_first("models"):
+        large = fresh_model(source, p.shape or {}, config.seed, models / "naive_start")
+        small = fresh_model(source, (p.shape or {}) | {"num_hidden_layers": layers // g.factor}, config.seed, models / "source_start")
+        corpus = load_corpus(p.corpus, load_tokenizer(source, config.template), root / "tokens", tokens=p.tokens + g.source_tokens,
+                             row_length=p.row_length, held_out=p.held_out, seed=config.seed)  # fmt: skip
+    each, before = (training_flops(load_config(folder), p.row_length) * per_step for folder in (large, small))
+    steps = {"source": math.ceil(g.source_tokens / per_step), "naive": math.ceil(p.tokens / per_step)}
+    before *= steps["source"]
+    steps["grown"] = round(steps["naive"] - before / each)
+    if steps["grown"] < 1:
+        raise LetheError("growth: --source_tokens cost more than --tokens allow in all; give fewer of them")
+    tell(f"corpus     {p.corpus}: {len(corpus)} rows of {p.row_length} tokens, {corpus.held_out} more held out")
+    tell(f"budget     {steps['naive'] * each:.2e} FLOPs a model: naive {steps['naive']} steps of {per_step} tokens, grown {steps['grown']} "
+         f"after {steps['source']} of a source with {layers // g.factor} of the {layers} layers")  # fmt: skip
+
+    def train(name: str, start: Path, skip: int = 0, before: float = 0.0) -> None:
+        pretrain(config, start, corpus, steps[name], root, f"models/{name}", f"{name:6s}", skip=skip, ranks=ranks,
+                 check=workers.check, tell=tell, before=before)  # fmt: skip
+
+    def train_grown() -> None:
+        start = models / "grown_start"
+        if ranks.main and not (start / "config.json").is_file():
+            grow(models / "source", start, factor=g.factor, order=g.order, zero_init=g.zero_init, noise=g.noise, seed=config.seed)
+        ranks.barrier()
+        train("grown", start, steps["source"] * p.rows_per_step, before)
+
+    jobs = [Job("source", [], False, partial(train, "source", small)), Job("grown", ["source"], False, train_grown),
+            Job("naive", [], False, partial(train, "naive", large))]  # fmt: skip
+    workers.do("models", jobs)
+    return {"grown": models / "grown", "naive": models / "naive"}
+
+
+def run_growth(config: Config, argv: list[str]) -> None:
+    began, (ranks, workers) = time.perf_counter(), gather(config)
+    root, main = expand_out(config.out, config.model.name), ranks.main and workers.main
+    with in_use(root) if main else nullcontext():
+        models = config.growth.models or grown_and_naive(config, root, ranks, workers, print if main else lambda *_: None)
+    for name, folder in models.items():
+        if main:
+            print(f"\n{name:10s} {folder}")
+        fine_tuning = replace(config, study="sequences", model=replace(config.model, name=str(folder)), out=str(root / name))
+        object.__setattr__(fine_tuning, "sources", config.sources)
+        run_study(fine_tuning, argv, (ranks, workers))
+    ranks.stop()
+    if main:
+        write_json(root / "growth.json", {"models": {name: str(folder) for name, folder in models.items()}, **circumstances(argv)})
+        report_growth(root)
+        print(f"took       {time.perf_counter() - began:.0f} s")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The whole study
 
 
-def run_study(config: Config, argv: list[str]) -> None:
+def run_study(config: Config, argv: list[str], processes: tuple[Ranks, Workers] | None = None) -> None:
+    """A study of one model. processes: of a caller that has several."""
     began = time.perf_counter()
-    ranks, workers = gather(config)
+    ranks, workers = processes or gather(config)
     tell = print if ranks.main and workers.main else lambda *_: None
     for note in config.notes:
         tell(note)
@@ -420,7 +598,7 @@ def run_study(config: Config, argv: list[str]) -> None:
         more = {"tasks": {} if chunk else specs, "kinds": {name: task.answer_kind for name, task in tasks.items()},
                 "model": config.model.name, "template": subject.tokenizer.template,
                 "columns": {name: column.spec for name, column in columns.items()}}  # fmt: skip
-        with ranks.main_first(), workers.main_first(f"seed{seed}"):
+        with ranks.main_first(), workers.main_first(str(tree)):
             mine = ranks.main and workers.main
             study = open_study(tree, resolved, identity, more, argv) if mine else StudyFolder(tree, read_json(tree / "study.json"))
             if chunk and mine:
@@ -438,9 +616,10 @@ def run_study(config: Config, argv: list[str]) -> None:
             jobs = one_by_one(bench, runs, jobs, None if workers.shared else batches[-1].save)
         worked += sum(not job.done for job in jobs)
         with in_use(tree) if mine else nullcontext():
-            workers.do(f"seed{seed}", jobs)
+            workers.do(str(tree), jobs)
     ranks.barrier()
-    ranks.stop()
+    if processes is None:
+        ranks.stop()
     if config.inspect or not (ranks.main and workers.main):
         return
     if not worked and not chunk and is_reported(root):
@@ -483,58 +662,6 @@ def jobs_of(bench: Bench, runs: list[Run]) -> list[Job]:
     return jobs
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A batch of data sets
-
-
-def forget_changed(study: StudyFolder, data: dict[str, str]) -> None:
-    """Removes what was made of files that have changed since: their rows of the batch are made anew. data: fingerprints by name."""
-    before = study.record.get("batch", {})
-    if all(before.get(name) == data[name] for name in data):
-        return
-    with in_use(study.path):
-        for name in sorted(data):
-            if before.get(name, data[name]) != data[name]:
-                print(f"changed    {name}: its file is another one than before, so it is trained on anew")
-                shutil.rmtree(study.dir(f"lora_base/{name}"), ignore_errors=True)
-        study.record["batch"] = before | data  # last: a kill before it removes again
-        write_json(study.path / "study.json", study.record)
-
-
-def one_by_one(bench: Bench, runs: list[Run], jobs: list[Job], save: Callable[[], None] | None) -> list[Job]:
-    """The jobs of a batch: the base, then every data set trained and scored at once, its row saved; one that fails is left behind."""
-    known = {job.name: job for job in jobs}
-    ordered = [known["score base"]]
-    for run in runs:
-        for job in filter(None, (known.get(run.folder), known.get(f"score {run.folder}"))):
-            ordered.append(job._replace(work=partial(attempt, bench, run, job, save)))
-    return ordered
-
-
-def attempt(bench: Bench, run: Run, job: Job, save: Callable[[], None] | None) -> None:
-    """Does a job of a batch. What stops it is noted in failed.json, and what it held in memory is given back."""
-    folder, trains = bench.study.dir(run.folder), job.name == run.folder
-    if not trains and not is_done(folder):
-        return  # its training failed
-    try:
-        job.work()
-        (folder / "failed.json").unlink(missing_ok=True)
-    except (QueueError, RankLost):
-        raise
-    except (LetheError, OSError, RuntimeError, MemoryError, ValueError) as error:
-        if getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise  # no fault of the data set, and the next one would be trained in vain
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        write_json(folder / "failed.json", {"reason": reason, "traceback": traceback.format_exc()})
-        bench.tell(f"failed     {run.task}: {reason}")
-    put_on(bench.subject.model, None)
-    gc.collect()
-    if bench.subject.model.device.type == "cuda":
-        torch.cuda.empty_cache()
-    if save and not (trains and is_done(folder)):  # once it is scored, or has failed
-        save()
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
@@ -544,7 +671,12 @@ def main(argv: list[str] | None = None) -> int:
             print("".join(f"# {note}\n" for note in config.notes) + config_text(config), end="")
             return
         try:
-            run_study(config, ["train.py", *argv])
+            if config.study == "pretraining":
+                run_pretraining(config)
+            elif config.study == "growth":
+                run_growth(config, ["train.py", *argv])
+            else:
+                run_study(config, ["train.py", *argv])
         except RankLost as error:
             raise LetheError(str(error)) from error
 

@@ -50,6 +50,8 @@ def rehearse(
     """
     found = {}
     for place, name in enumerate(run.past, 1):
+        if name == run.task or name in run.past[place:]:
+            continue  # it is trained on here, or the model knew it better at a later stage
         file = rehearsal_file(tree, run, place, settings)
         if not file.is_file():
             rows = list(islice(tasks[name].train(), max_train))

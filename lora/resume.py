@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -128,13 +129,18 @@ def resume(folder: Path, learner: Learner, same: dict, asked: Path | None, keep:
     if ranks.main:
         prune(folder / "checkpoints", keep)  # a kill right after a save leaves one more
     tensors, state = read_checkpoint(found)
-    before, now = flat(state["same"]), flat(same)
-    lines = [f"{key}: {before.get(key)} there, {now.get(key)} asked" for key in {**before, **now} if before.get(key) != now.get(key)]
-    if lines:
-        raise LetheError("\n  ".join([f"{found} is a checkpoint of another training; ask for the same settings, or move it away:", *lines]))
+    refuse_other(found, state["same"], same)
     restore_rng({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, state["rng"])
     learner.restore(read_shards(found, ranks if is_sharded(learner.model) else ALONE), state["learner"])
     return state
+
+
+def refuse_other(found: Path, there: dict, asked: dict) -> None:
+    """LetheError with the differences where what a folder holds was trained otherwise."""
+    before, now = flat(there), flat(json.loads(json.dumps(asked)))
+    lines = [f"{key}: {before.get(key)} there, {now.get(key)} asked" for key in {**before, **now} if before.get(key) != now.get(key)]
+    if lines:
+        raise LetheError("\n  ".join([f"{found} is of another training; ask for the same settings, or move it away:", *lines]))
 
 
 def flat(tree: dict, above: str = "") -> dict:

@@ -11,10 +11,13 @@ import torch
 from lora.adapter import adapter_fingerprint, load_adapter, save_adapter
 from lora.layers import remove_lora
 from model.checkpoint import open_safetensors, read_json, save_weights, weight_files
+from model.config import LlamaConfig
 from model.llama import Llama
 from model.sharding import place
 from study.errors import LetheError
+from study.folder import read_json as read_json_file
 from study.folder import write_json
+from study.plan import nearest
 
 # What a model folder holds beside its weights and config.json.
 COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -28,17 +31,52 @@ def save_state(model: Llama, folder: Path, name: str) -> None:
         save_model(model, model.source, folder, model.dtype)
 
 
-def save_model(model: Llama, source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """A Hugging Face folder of these weights in `dtype`, with the tokenizer, settings and licences of the folder `source`."""
+def save_model(model: Llama, source: Path, folder: Path, dtype: torch.dtype, changes: dict | None = None) -> None:
+    """A Hugging Face folder of these weights in `dtype`, with the tokenizer, settings and licences of the folder `source`.
+
+    changes: of its config.json; None takes a key away.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in [*COPIED, *(p.name for p in source.glob("LICENSE*")), *(p.name for p in source.glob("USE_POLICY*"))]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    written = read_json(source / "config.json")
+    written = {key: value for key, value in (read_json(source / "config.json") | (changes or {})).items() if value is not None}
     for key in {"torch_dtype", "dtype"} & set(written):
         written[key] = str(dtype).removeprefix("torch.")
     save_weights(model, folder / "model.safetensors", dtype, {"base_fingerprint": model.fingerprint})
     write_json(folder / "config.json", written)  # last
+
+
+def fresh_model(source: Path, shape: dict[str, int], seed: int, folder: Path) -> Path:
+    """Writes random weights of the source's shape, changed by `shape`, with its tokenizer, as a Hugging Face folder; or finds them there.
+
+    Raises LetheError for a shape that no Llama has, and where the folder holds another.
+    """
+    known = [key for key, value in LlamaConfig.__dataclass_fields__.items() if value.type == "int"]
+    for key in shape:
+        if key not in known or key == "vocab_size":
+            raise LetheError(f"--shape: {key!r} is not a number of a Llama's shape{nearest(key, [k for k in known if k != 'vocab_size'])}")
+    changes: dict = dict(shape)
+    if {"hidden_size", "num_attention_heads"} & set(shape) and "head_dim" not in shape:
+        changes["head_dim"] = None  # which then follows from the two
+    if "num_attention_heads" in shape and "num_key_value_heads" not in shape:
+        changes["num_key_value_heads"] = shape["num_attention_heads"]
+    if "num_hidden_layers" in shape:
+        changes["layer_types"] = None
+    raw = {key: value for key, value in (read_json(source / "config.json") | changes).items() if value is not None}
+    config = LlamaConfig.from_dict(raw, "--shape")
+    if config.hidden_size % config.num_attention_heads and "head_dim" not in raw:
+        raise LetheError(f"--shape: hidden_size {config.hidden_size} cannot be shared by {config.num_attention_heads} heads; give head_dim")
+    made = {"seed": seed, "config": raw}
+    if (found := read_json_file(folder / "fresh.json", None)) is not None:
+        if found != made:
+            raise LetheError(f"{folder} holds fresh weights of another shape or seed; choose another --out, or ask for the same")
+        return folder
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    save_model(model, source, folder, torch.float32, changes)
+    write_json(folder / "fresh.json", made)
+    return folder
 
 
 def put_on(model: Llama, folder: Path | None, dropout: float | None = None) -> None:

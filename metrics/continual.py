@@ -11,8 +11,12 @@ from collections.abc import Sequence
 import numpy
 
 
-def continual_metrics(R, base=None, single=None) -> dict[str, float]:
+def continual_metrics(R, base=None, single=None, trained=None) -> dict[str, float]:
     """R (T, T), base (T,), single (T,) = scores of one run per task alone -> the usual metrics; t is the last stage.
+
+    trained (S,): the task of each of S stages, where tasks come again and R is (S, T). Learning and forward transfer then ask of a
+    task's first stage, backward transfer, forgetting and retention of its last, before t. Two more, means over the tasks that come again:
+    revisit, R just before that less R at the first time; relearned, R just after it less R at the first time.
 
     ACC, AR       mean over j of R[t][j]                                 (Lopez-Paz & Ranzato, arXiv:1706.08840)
     BWT           mean over j < t of R[t][j] - R[j][j]      (same; BWT_T divides by T, as in TRACE, arXiv:2310.06762)
@@ -24,28 +28,37 @@ def continual_metrics(R, base=None, single=None) -> dict[str, float]:
     FWT and learning are NaN without `base`, intransigence without `single`, those over j < t for a single task.
     """
     R = numpy.array(R, dtype=numpy.float64)  # a copy
-    if R.ndim != 2 or R.shape[0] != R.shape[1] or R.size == 0:
+    if R.ndim != 2 or R.size == 0 or trained is None and R.shape[0] != R.shape[1]:
         raise ValueError(f"R must be a square matrix (stages x tasks), not of shape {R.shape}")
-    tasks = len(R)
+    stages, tasks = R.shape
+    trained = list(range(tasks)) if trained is None else list(trained)
+    if len(trained) != stages or set(trained) != set(range(tasks)):
+        raise ValueError(f"trained must name a task of {tasks} for each of {stages} stages, and each task at least once")
+    first = {j: trained.index(j) for j in range(tasks)}
+    again = {j: stages - 1 - trained[::-1].index(j) for j in range(tasks)}  # the last time
     base = _vector(base, tasks, "base")
     single = _vector(single, tasks, "single")
-    last, diagonal = R[-1], numpy.diag(R)
-    earlier = slice(0, tasks - 1)
-    ratios = [after / before for after, before in zip(last[earlier], diagonal[earlier], strict=True) if not before <= 0]
-    forward = numpy.array([R[j - 1, j] - base[j] for j in range(1, tasks)])
-    backward = last[earlier] - diagonal[earlier]
+    last, learned = R[-1], numpy.array([R[first[j], j] for j in range(tasks)])
+    earlier = [j for j in range(tasks) if again[j] < stages - 1]
+    twice = [j for j in range(tasks) if again[j] > first[j]]
+    before = {j: R[again[j], j] for j in earlier}
+    backward = numpy.array([last[j] - before[j] for j in earlier])
     average = float(last.mean())
-    return {
+    found = {
         "ACC": average,
         "AR": average,
         "BWT": _mean(backward),
         "BWT_T": float(backward.sum() / tasks),
-        "FWT": _mean(forward),
-        "forgetting": _mean(R[:-1, earlier].max(axis=0) - last[earlier]) if tasks > 1 else math.nan,
-        "intransigence": _mean(single - diagonal),
-        "learning": _mean(diagonal - base),
-        "retention": _mean(ratios),
+        "FWT": _mean([R[first[j] - 1, j] - base[j] for j in range(tasks) if first[j]]),
+        "forgetting": _mean([R[:-1, j].max() - last[j] for j in earlier]),
+        "intransigence": _mean(single - learned),
+        "learning": _mean(learned - base),
+        "retention": _mean([last[j] / before[j] for j in earlier if not before[j] <= 0]),
     }
+    if twice:
+        found["revisit"] = _mean([R[again[j] - 1, j] - learned[j] for j in twice])
+        found["relearned"] = _mean([R[again[j], j] - learned[j] for j in twice])
+    return found
 
 
 def _vector(values, tasks: int, name: str) -> numpy.ndarray:

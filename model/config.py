@@ -73,6 +73,17 @@ class LlamaConfig:
         return config
 
 
+def training_flops(config: LlamaConfig, length: int) -> float:
+    """FLOPs of training a token in rows of `length`, forward and backward, all weights: six for each weight that is multiplied by.
+
+    With attention's products, of which half are masked; without the embedding, which is looked up (arXiv 2001.08361 counts so).
+    """
+    c = config
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
+    return 6.0 * (c.num_hidden_layers * layer + c.vocab_size * c.hidden_size) + 6.0 * c.num_hidden_layers * queries * length
+
+
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """(head_dim / 2,) float32: theta^(-2i/d), stretched for long contexts as Llama 3.1 does where the config says so."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim

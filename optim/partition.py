@@ -29,8 +29,11 @@ def optimizers_of(
     ns_steps: int,
     muon_scale: str,
     muon_factors: str,
+    adamw_rate: float | None = None,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of these parameters, one or two: betas and eps are AdamW's, the rest Muon's; rate and decay are of both.
+
+    adamw_rate: beside Muon, of what AdamW takes, without decay: embedding, head and norms.
 
     Raises ValueError for unknown words, and for muon where it has no matrix to step on.
     """
@@ -42,7 +45,8 @@ def optimizers_of(
                  ns_steps=ns_steps, scale=muon_scale)
         )  # fmt: skip
     if rest:
-        found.append(torch.optim.AdamW([parameters[i] for i in rest], lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay))
+        rate, decay = (learning_rate, weight_decay) if adamw_rate is None or not matrices else (adamw_rate, 0.0)
+        found.append(torch.optim.AdamW([parameters[i] for i in rest], lr=rate, betas=betas, eps=eps, weight_decay=decay))
     return found
 
 

@@ -28,6 +28,8 @@ Fine-tune a Llama on one task after another and see what it forgets.
   python train.py --mask bottom10 --inspect 3         show kept and dropped tokens, train nothing
   python train.py --compare_optimizers                AdamW against Muon, at several learning rates
   python train.py --sequence a,b,c --rehearsal none,ssr          three tasks in sequence, with and without rehearsal
+  python train.py --corpus text.txt --model nano --fresh         pretrain a model of nano's shape
+  python train.py --config configs/growth.yaml                   a grown model against one from scratch: pretrained, fine-tuned, compared
   python train.py --datasets_folder DIR --chunk 1 --mmlu DIR     fine-tune on each file, score MMLU before and after
 
 Order: defaults < --config FILE < flags. Without --config, the nano model takes configs/nano.yaml, or
@@ -56,6 +58,8 @@ TITLES = {
     "masking": "Masking",
     "evaluation": "Evaluation",
     "rehearsal": "Rehearsal, in a sequence",
+    "pretraining": "Pretraining (--corpus)",
+    "growth": "Growth: a model that grew against one that did not (configs/growth.yaml)",
 }
 
 
@@ -84,8 +88,10 @@ def parse(argv: list[str], program: str = "train") -> Any:
         notes.append(f"model      {told[0]} (from {told[1]}; --model wins over it)")
     if config.datasets_folder or config.study == "batch":
         config = _as_batch(config, asked, named)
-    if config.sequence or config.study == "sequences":
+    if config.sequence or config.study in ("sequences", "growth"):
         config = _as_sequences(config, asked, named)
+    elif config.pretraining.corpus or config.study == "pretraining":
+        config = _as_pretraining(config, asked, named)
     if "comparison" in asked and "compare_optimizers" not in asked:
         config = dataclasses.replace(config, compare_optimizers=True)
     if config.compare_optimizers or config.study == "optimizers":
@@ -116,8 +122,8 @@ def _as_optimizer_study(config: Config, flags: dict[str, str], named: set[str]) 
 def _as_sequences(config: Config, flags: dict[str, str], named: set[str]) -> Config:
     """The leaves that follow from --sequence.  flags: leaves given as flags; named: given at all."""
     for wrong, line in (
-        (not config.sequence, "study: sequences needs --sequence, the tasks in their order: a,b,c"),
-        (config.study not in ("masks", "sequences") or config.compare_optimizers,
+        (not config.sequence, f"study: {config.study} needs --sequence, the tasks in their order: a,b,c"),
+        (config.study not in ("masks", "sequences", "growth") or config.compare_optimizers,
          "--sequence is a study of its own; leave out --compare_optimizers"),
         (config.pairs, "--sequence says the order of the tasks; leave out --pairs"),
         (config.stage, "--sequence trains all its stages; leave out --stage"),
@@ -135,7 +141,38 @@ def _as_sequences(config: Config, flags: dict[str, str], named: set[str]) -> Con
         tasks = dict.fromkeys(name.strip() for name in config.sequence.replace(";", ",").split(",") if name.strip())
         changes["datasets"] = ",".join(specs.get(name, name) for name in tasks)
     if "out" not in named:
-        changes["out"] = f"{OUT}_sequences"
+        changes["out"] = f"{OUT}_{'growth' if config.study == 'growth' else 'sequences'}"
+    if config.study == "growth":
+        changes["study"] = "growth"
+        if "rehearsal.arms" not in named:
+            changes["rehearsal"] = dataclasses.replace(config.rehearsal, arms="none")
+        if not (config.growth.models or config.pretraining.corpus):
+            raise LetheError("study: growth pretrains its models: give --corpus builtin, or a file, or your own models as growth: models")
+        if config.growth.models is not None and len(config.growth.models) < 2:
+            raise LetheError("growth: models compares two or more; give them as {grown: DIR, naive: DIR}")
+        if config.shard == "model" or config.quantize != "none" or config.max_memory:
+            raise LetheError("study: growth trains whole models on one device each; leave out --shard model, --quantize and --max_memory")
+    elif config.pretraining.corpus:
+        raise LetheError("--corpus pretrains, and --sequence fine-tunes; for both add --study growth, for the first leave out --sequence")
+    return dataclasses.replace(config, **changes)
+
+
+def _as_pretraining(config: Config, flags: dict[str, str], named: set[str]) -> Config:
+    """The leaves that follow from --corpus.  flags: leaves given as flags; named: given at all."""
+    for leaf in ("datasets", "pairs", "mask", "stage", "inspect", "compare_optimizers", "datasets_folder", "quantize", "max_memory",
+                 "seeds", "training.stage1.learning_rate", "training.stage1.epochs", "optimizer.name"):  # fmt: skip
+        if leaf in flags:
+            mend = {"training.stage1.learning_rate": "--pretraining.learning_rate", "training.stage1.epochs": "--tokens",
+                    "optimizer.name": "--pretraining.optimizer"}.get(leaf)  # fmt: skip
+            told = f"give {mend} instead" if mend else "leave it out"
+            raise LetheError(f"--corpus pretrains, and --{leaf.removesuffix('.name').split('.')[-1]} is of fine-tuning; {told}")
+    if not config.pretraining.corpus:
+        raise LetheError("study: pretraining needs --corpus: builtin, or text or token files")
+    if config.shard != "none":
+        raise LetheError(f"pretraining shares out each step's rows; leave out --shard {config.shard}")
+    if config.pretraining.shape and not config.pretraining.fresh:
+        raise LetheError("--shape changes the shape of --model, whose weights then do not fit; add --fresh")
+    changes = {"study": "pretraining", **({} if "out" in named else {"out": f"{OUT}_pretrained"})}
     return dataclasses.replace(config, **changes)
 
 

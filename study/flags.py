@@ -234,8 +234,10 @@ def _words(kind: Any) -> str:
         return "one of " + ", ".join(parts)
     known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if _is_mapping(kind):
+        values = typing.get_args(parts[0])[1]
+        named = {int: "a mapping of names to whole numbers, such as {num_hidden_layers: 4}", str: "a mapping of names to folders"}
         rates = "a mapping of optimizers to learning rates, such as {adamw: [1e-3, 3e-3]}"
-        return rates if float in typing.get_args(typing.get_args(parts[0])[1]) else "a mapping of arms to settings"
+        return rates if float in typing.get_args(values) else named.get(values, "a mapping of arms to settings")
     return " or ".join(known.get(p, "a list of names") for p in parts) if parts else known[kind]
 
 

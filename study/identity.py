@@ -54,6 +54,7 @@ NOT_IDENTITY = {
     "skip_training",
     "shard",
 }
+APART = ("pretraining.", "growth.")  # these make models, and a model is known by its fingerprint
 NOT_IDENTITY_STAGE = {"log_steps", "eval_steps", "save_steps", "gradient_checkpointing"}
 
 
@@ -67,7 +68,7 @@ def identity_of(config: Any, model: str, data: dict[str, str], seed: int | None 
         value: Any = tree
         for part in name.split("."):
             value = value[part]
-        if name in NOT_IDENTITY or name.startswith("training.") and name.split(".")[-1] in NOT_IDENTITY_STAGE:
+        if name in NOT_IDENTITY or name.startswith(APART) or name.startswith("training.") and name.split(".")[-1] in NOT_IDENTITY_STAGE:
             continue
         found[name] = value
     for stage in (name.removesuffix(".batch_size") for name in [*found] if name.startswith("training.") and name.endswith(".batch_size")):

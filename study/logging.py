@@ -26,7 +26,7 @@ class RunLog:
         self.metrics_path = Path(study) / run_folder / "metrics.jsonl"
         board = Path(study) / "tensorboard" / run_folder.strip("/").replace("/", "__")
         if self.metrics_path.exists():
-            kept = [row for row in read_jsonl(self.metrics_path) if 0 < row.get("step", 0) <= step]
+            kept = [row for row in read_jsonl(self.metrics_path) if step and 0 <= row.get("step", -1) <= step]
             write_jsonl(self.metrics_path, kept)
         if step == 0 and board.exists():
             shutil.rmtree(board)

@@ -35,20 +35,24 @@ WRITTEN = ("self_output", "ssr", "ssr_random")  # whose answers the stage's own 
 SYNTHETIC = ("ssr", "ssr_random")
 ANCHORED = ("l2", "ewc")
 LONGEST = 180  # letters of an order: file systems take 255 for a name, and TensorBoard's hold arm and task too
+# A task that comes again: BWT and forgetting ask of every task what is lost since it was trained last.
 METRICS = {"AR": "average after the last stage", "BWT": "change of earlier tasks since they were learned", "forgetting": "from their best",
-           "FWT": "on a task before it is trained, less the base", "learning": "on a task when it is trained, less the base"}  # fmt: skip
+           "FWT": "on a task before it is trained, less the base", "learning": "on a task when it is trained, less the base",
+           "revisit": "of tasks that come again: before that, less when it was first trained",
+           "relearned": "the same, after that"}  # fmt: skip
+REVISITS = ("revisit", "relearned")
 
 
 def parse_orders(text: str, tasks: Iterable[str]) -> list[list[str]]:
-    """--sequence "a,b,c" or several, "a,b,c;c,a,b" -> orders. Raises LetheError for unknown or repeated tasks, and for one alone."""
+    """--sequence "a,b,c" or several, "a,b,c;c,a,b" -> orders; tasks may come again. LetheError for unknown ones, and for one alone."""
     tasks, orders = list(tasks), []
     for part in filter(None, (part.strip() for part in text.split(";"))):
         order = [name.strip() for name in part.split(",") if name.strip()]
         for name in order:
             if name not in tasks:
                 raise LetheError(f"--sequence: {name!r} is not among the tasks of this study{nearest(name, tasks)}")
-        if len(order) < 2 or len(set(order)) < len(order):
-            raise LetheError(f"--sequence {part}: name two tasks or more, each once")
+        if len(set(order)) < 2 or any(a == b for a, b in zip(order, order[1:], strict=False)):
+            raise LetheError(f"--sequence {part}: name two tasks or more, none twice in a row")
         if order not in orders:
             orders.append(order)
     if not orders:
@@ -102,25 +106,35 @@ def plan_sequences(orders: list[list[str]], arms: list[str], mask: str) -> list[
 
 @dataclass(frozen=True)
 class Sequence:
-    """One arm over one order in one seed. R (T, T): rows stages, columns the order's tasks; half: half widths of its intervals.
+    """One arm over one order in one seed. R (S, T): rows stages, columns its tasks; half: half widths of its intervals.
 
-    mtl has its last row alone. base (T,): the untrained model.
+    stages: the task of each. mtl has its last row alone. base (T,): the untrained model.
     """
 
     arm: str
     order: str
-    tasks: list[str]
+    stages: list[str]
     seed: int
     R: np.ndarray
     half: np.ndarray
     base: np.ndarray
     rows: dict[str, dict]  # what each stage rehearsed: {"2_b": {"a": 40}}
 
+    @property
+    def tasks(self) -> list[str]:
+        """Each once, in the order of their first stage: the columns of R."""
+        return list(dict.fromkeys(self.stages))
+
+    @property
+    def trained(self) -> list[int]:
+        """Which column each stage trains."""
+        return [self.tasks.index(task) for task in self.stages]
+
     def metrics(self) -> dict[str, float]:
         """continual_metrics; of mtl what its one row says."""
         if self.arm == "mtl":
             return {"AR": float(self.R[-1].mean()), "learning": float((self.R[-1] - self.base).mean())}
-        return continual_metrics(self.R, self.base)
+        return continual_metrics(self.R, self.base, trained=self.trained)
 
     def half_of(self, metric: str) -> float:
         """Half a 95 % interval of a metric over test items: the cells' added in squares, since they are of other items or models."""
@@ -129,11 +143,18 @@ class Sequence:
             return float(np.sqrt((last**2).sum()) / size)
         if self.arm == "mtl":
             return float(np.sqrt((last**2).sum()) / size) if metric == "learning" else math.nan
-        if metric in ("BWT", "forgetting"):
-            return float(np.sqrt((last[:-1] ** 2 + np.diag(self.half)[:-1] ** 2).sum()) / (size - 1))
-        if metric == "learning":
-            return float(np.sqrt((np.diag(self.half) ** 2).sum()) / size)
-        return math.nan
+        first, again = ({j: k for k, j in stages} for stages in (reversed([*enumerate(self.trained)]), enumerate(self.trained)))
+        pairs = {
+            "BWT": [(len(self.half) - 1, k, j) for j, k in again.items() if k < len(self.half) - 1],
+            "learning": [(k, None, j) for j, k in first.items()],
+            "revisit": [(again[j] - 1, k, j) for j, k in first.items() if again[j] > k],
+            "relearned": [(again[j], k, j) for j, k in first.items() if again[j] > k],
+        }
+        found = pairs.get("BWT" if metric == "forgetting" else metric)
+        if not found:
+            return math.nan
+        squares = sum(self.half[k, j] ** 2 for *rows, j in found for k in rows if k is not None)
+        return float(np.sqrt(squares) / len(found))
 
 
 def headline(rows: list[dict], kind: str) -> dict:
@@ -150,17 +171,18 @@ def read_sequences(tree: Path, seed: int, runs: list[Run], kinds: dict[str, str]
     found = []
     for (order, arm), chain in chains.items():
         chain = sorted(chain, key=lambda run: run.stage)
-        tasks = order.split(",")
-        if len(chain) != (1 if arm == "mtl" else len(tasks) - 1):
+        stages = order.split(",")
+        tasks = list(dict.fromkeys(stages))
+        if len(chain) != (1 if arm == "mtl" else len(stages) - 1):
             continue
-        folders = [f"lora_base/{tasks[0]}", *(run.folder for run in chain)] if arm != "mtl" else [chain[0].folder]
+        folders = [f"lora_base/{stages[0]}", *(run.folder for run in chain)] if arm != "mtl" else [chain[0].folder]
         cells = [[_cell(tree / folder / "eval" / f"{task}.jsonl", kinds[task]) for task in tasks] for folder in folders]
         base = [_cell(tree / "base" / "eval" / f"{task}.jsonl", kinds[task]) for task in tasks]
         if any(cell is None for row in [*cells, base] for cell in row):
             continue
         values, halves = (np.array([[cell[i] for cell in row] for row in cells]) for i in (0, 1))
         told = {Path(run.folder).name: _rehearsed(tree, run) for run in chain}
-        found.append(Sequence(arm, order, tasks, seed, values, halves, np.array([cell[0] for cell in base]), told))
+        found.append(Sequence(arm, order, stages, seed, values, halves, np.array([cell[0] for cell in base]), told))
     return found
 
 
@@ -181,8 +203,8 @@ def matrix_record(found: list[Sequence]) -> dict:
     return {
         "about": {"R": "rows: after stage 1, 2, …; columns: the tasks; exact match, or ROUGE-L of free text", **METRICS},
         "sequences": [
-            {"arm": one.arm, "order": one.order, "tasks": one.tasks, "seed": one.seed, "R": one.R.tolist(), "base": one.base.tolist(),
-             "metrics": one.metrics(), "rehearsal": one.rows}
+            {"arm": one.arm, "order": one.order, "stages": one.stages, "tasks": one.tasks, "seed": one.seed,
+             "R": one.R.tolist(), "base": one.base.tolist(), "metrics": one.metrics(), "rehearsal": one.rows}
             for one in found
         ],
         "arms": {arm: {metric: dict(zip(("mean", "half"), over(members, metric), strict=True)) for metric in METRICS}
@@ -207,16 +229,16 @@ def over(members: list[Sequence], metric: str) -> tuple[float, float]:
 
 def sequence_table(found: list[Sequence]) -> str:
     """One row an arm: metrics in % over orders and seeds, the last stage's score on each task, the rows rehearsed."""
-    rows = []
+    rows, metrics = [], [metric for metric in METRICS if metric not in REVISITS or any(metric in one.metrics() for one in found)]
     for arm, members in by_arm(found).items():
         told = []
-        for metric in METRICS:
+        for metric in metrics:
             mean, half = over(members, metric)
             told.append("-" if mean != mean else f"{100 * mean:.1f}" + (f" ±{100 * half:.1f}" if half == half else ""))
         seen = [sum(stage.values()) for one in members for stage in one.rows.values()]
         rows.append([arm, *told, f"{np.mean(seen):.0f}" if seen and any(seen) else "0", len(members)])
     several = len({(one.order, one.seed) for one in found})
     means = f"; means over {several} orders and seeds" if several > 1 else ""
-    lengths = " or ".join(map(str, sorted({len(one.tasks) for one in found})))
-    title = f"Sequences of {lengths} tasks, in %, 95 % intervals{means}"
-    return f"{title}\n" + format_table(rows, ["arm", *METRICS, "rehearsed rows a stage", "sequences"])
+    lengths = " or ".join(map(str, sorted({len(one.stages) for one in found})))
+    title = f"Sequences of {lengths} stages, in %, 95 % intervals{means}"
+    return f"{title}\n" + format_table(rows, ["arm", *metrics, "rehearsed rows a stage", "sequences"])

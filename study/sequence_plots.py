@@ -37,7 +37,7 @@ def _top(found: list[Sequence]) -> int:
 def matrix_figure(found: list[Sequence]) -> Figure:
     """R of every arm of one order, in %: row a stage (its task), column a task."""
     arms = by_arm(found)
-    tasks = found[0].tasks
+    tasks, names = found[0].tasks, found[0].stages
     side = (0.62 if len(tasks) <= PANELS else 0.42) * len(tasks) + 0.5  # inches
     columns = max(1, min(4, len(arms), int(15 / side)))
     lines = -(-len(arms) // columns)
@@ -52,7 +52,7 @@ def matrix_figure(found: list[Sequence]) -> Figure:
         for (i, j), value in np.ndenumerate(values):
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 * top else "black")
         axes.set_title(arm if len(values) > 1 else f"{arm}: all at once", fontsize=10)
-        stages = [f"after {task}" for task in tasks] if len(values) > 1 and axes in grid[:, 0] else [""] * len(values)
+        stages = [f"after {task}" for task in names] if len(values) > 1 and axes in grid[:, 0] else [""] * len(values)
         axes.set_yticks(range(len(values)), stages, fontsize=8)
         lowest = place + columns >= len(arms)  # of its column
         axes.set_xticks(range(len(tasks)), tasks if lowest else [""] * len(tasks), fontsize=8, rotation=90)
@@ -76,7 +76,8 @@ def stages_figure(found: list[Sequence]) -> Figure:
     for axes in panels[len(tasks) :]:
         axes.axis("off")
     for j, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
-        axes.axvline(j + 1, color="#bbbbbb", linestyle=":", linewidth=1)
+        for stage in (k for k, other in enumerate(found[0].stages, 1) if other == task):
+            axes.axvline(stage, color="#bbbbbb", linestyle=":", linewidth=1)
         for number, (arm, members) in enumerate(arms.items()):
             colour, mark = LOOKS[arm]
             values = 100 * np.mean([one.R[:, j] for one in members], axis=0)
@@ -87,7 +88,7 @@ def stages_figure(found: list[Sequence]) -> Figure:
             aside = 0.3 * (number / max(1, len(arms) - 1) - 0.5)  # so that equal scores do not hide each other
             axes.plot(np.arange(len(whole)) + aside, whole, marker=mark, markersize=4, linewidth=1.3, color=colour, label=arm)
         axes.set_title(task, fontsize=9)
-        axes.set_xticks(range(len(tasks) + 1), ["base", *map(str, range(1, len(tasks) + 1))], fontsize=8)
+        axes.set_xticks(range(len(found[0].stages) + 1), ["base", *map(str, range(1, len(found[0].stages) + 1))], fontsize=8)
         axes.set_ylim(-0.03 * top, 1.03 * top)
         _clean(axes)
     panels[0].set_ylabel("score in %")

@@ -118,6 +118,39 @@ class RehearsalConfig:
 
 
 @dataclass(frozen=True)
+class PretrainingConfig:
+    corpus: str | None = opt(None, "pretrain on this: builtin, a text or token file, or a folder (data/corpus.py)", SOME_TEXT)
+    tokens: int = opt(10_000_000, "train on so many tokens; a shorter corpus is passed over again", POSITIVE)
+    fresh: bool = opt(False, "from random weights of --model's shape, not from its weights")
+    shape: dict[str, int] | None = opt(None, "fresh weights of another shape: '{num_hidden_layers: 4, hidden_size: 128}'")
+    row_length: int = opt(256, "tokens in a row, none of which sees another row", (lambda v: v >= 2, "2 or more"))
+    rows_per_step: int = opt(16, "rows in an optimizer step", POSITIVE)
+    held_out: int = opt(64, "rows kept out of training; the loss on them is logged", POSITIVE)
+    optimizer: OPTIMIZERS = opt("muon", "of pretraining")
+    learning_rate: float = opt(8e-3, "peak learning rate (muon: of the matrices)", POSITIVE)
+    adamw_rate: float = opt(3e-3, "muon: peak learning rate of embedding, head and norms, which AdamW takes", POSITIVE)
+    weight_decay: float = opt(0.01, "decoupled weight decay (muon: of the matrices)", FROM_ZERO)
+    adamw_beta2: float = opt(0.95, "AdamW: decay of the second moment", FRACTION)
+    warmup_steps: int = opt(50, "steps of warm-up (at most a tenth of all)", FROM_ZERO)
+    scheduler: Literal["cosine", "linear", "constant"] = opt("cosine", "the curve after warm-up")
+    final_rate: float = opt(0.05, "where the curve ends, as a share of the peak", (lambda v: 0 <= v <= 1, "from 0 to 1"))
+    max_grad_norm: float = opt(1.0, "clip the gradient norm (0: never)", FROM_ZERO)
+    log_steps: int = opt(20, "one logged line per so many steps", POSITIVE)
+    eval_steps: int = opt(50, "the loss on the held-out rows every so many steps", POSITIVE)
+    save_steps: int = opt(200, "a checkpoint every so many steps", POSITIVE)
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    models: dict[str, str] | None = opt(None, "compare these, pretrain none: '{grown: DIR, naive: DIR}'")
+    source_tokens: int = opt(2_000_000, "tokens that the small model is trained on before it grows", POSITIVE)
+    factor: int = opt(2, "the small model has the layers of the large one divided by this", (lambda v: v >= 2, "2 or more"))
+    order: str = opt("stack", "how layers are copied: stack, interpolate, gradual, partial:12-34*3-5 (model/growth.py)", SOME_TEXT)
+    zero_init: bool = opt(False, "new layers begin as nothing, so that growth changes no output")
+    noise: float = opt(0.0, "mix so much noise into the copied weights", (lambda v: 0 <= v <= 1, "from 0 to 1"))
+
+
+@dataclass(frozen=True)
 class Config:
     """One study.  `sources` names the YAML files that were read, `notes` says what of them is not used; both are no leaves."""
 
@@ -138,7 +171,7 @@ class Config:
     inspect: int | None = opt(None, "show kept and dropped tokens of so many examples, train nothing", POSITIVE)
     print_config: bool = opt(False, "print what would run, train nothing")
     skip_training: bool = opt(False, "train nothing: score what is trained, draw tables and pictures")
-    study: Literal["masks", "optimizers", "batch", "sequences"] = opt("masks", "what its arms are")
+    study: Literal["masks", "optimizers", "batch", "sequences", "pretraining", "growth"] = opt("masks", "what its arms are")
     compare_optimizers: bool = opt(False, "run every optimizer and rate of --comparison, not --optimizer alone")
     comparison: dict[str, list[float]] | None = opt(None, "'{adamw: [1e-3, 3e-3], muon: [3e-3]}' (default: both at one rate)", RATES)
     datasets_folder: str | None = opt(None, "fine-tune on each file of a folder (or one file), score --mmlu before and after", SOME_TEXT)
@@ -161,6 +194,8 @@ class Config:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     arms: dict[str, dict] | None = opt(None, "YAML only: stage-2 settings of one arm, {bottom10: {learning_rate: 2e-5}}")
     sources: tuple = field(default=(), init=False, repr=False, compare=False)
     notes: tuple = field(default=(), init=False, repr=False, compare=False)

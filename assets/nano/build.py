@@ -23,6 +23,7 @@ from tokenizers.trainers import BpeTrainer
 
 from data.batching import Micro
 from data.builtin_corpus import documents
+from data.corpus import Corpus
 from lora.resume import Learner
 from model.checkpoint import save_weights
 from model.llama import Llama, LlamaConfig
@@ -84,7 +85,7 @@ def pretrain(model: Llama, rows: np.ndarray) -> float:
     Matrices: torch.optim.Muon at 8e-3 (scale match_rms_adamw); embedding and norms: AdamW at 3e-3. Clip 1.0, warm-up of
     50 steps (a tenth of a short run), cosine to 5 %. The weights that compute are bfloat16, the ones that learn float32.
     """
-    steps = len(rows) // ROWS_PER_STEP
+    steps, corpus = len(rows) // ROWS_PER_STEP, Corpus("", rows.reshape(-1), ROW, 0)
     model.to(torch.bfloat16).requires_grad_(True)
     names = [name for name, _ in model.named_parameters()]
 
@@ -97,12 +98,7 @@ def pretrain(model: Llama, rows: np.ndarray) -> float:
         ]
 
     def batches(step: int, micro_tokens: int) -> list[Micro]:
-        """Every token but a row's first is predicted from those before it."""
-        batch = torch.from_numpy(rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP].astype(np.int64))  # (16, ROW)
-        targets, chosen = batch[:, 1:].reshape(-1), list(range(len(batch)))
-        return [Micro(batch[:, :-1].reshape(-1), [ROW - 1] * len(batch), torch.arange(len(batch)).repeat_interleave(ROW - 1),
-                      torch.arange(len(targets)), targets, [ROW - 1] * len(batch), chosen, len(targets),
-                      torch.ones(len(targets)), float(len(targets)))]  # fmt: skip
+        return corpus.micros(range(step * ROWS_PER_STEP, (step + 1) * ROWS_PER_STEP), micro_tokens)
 
     losses, start = [], time.time()
     schedule = {"floor": 0.05, "warmup": min(50, max(1, steps // 10))}
