@@ -36,7 +36,7 @@ import torch
 from model.checkpoint import fill, find_model, load_config, load_model, read_json
 from model.config import LlamaConfig
 from model.llama import LINEAR_NAMES, Llama
-from model.stream import Piece, chunks, pieces_of, read_piece, same_bytes, write_stream, zeros
+from model.stream import Piece, chunks, pieces_of, same_bytes, tensor_at, write_stream, zeros
 from study.errors import LetheError, run_command
 from study.folder import write_error, write_json
 from study.logging import progress
@@ -150,7 +150,7 @@ class Recipe:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         shape = self.piece.shape
         mixed = torch.empty(shape).normal_(0, self.noise * math.sqrt(self.variance), generator=generator)
-        weight = read_piece(self.piece)
+        weight = tensor_at(self.piece)
         if not self.zero:
             mixed.add_(weight, alpha=1 - self.noise)
         return weight.copy_(mixed).flatten()
@@ -240,8 +240,6 @@ def grow(
 
     grown = grown_config(raw, plan)
     work = recipes(folder, LlamaConfig.from_dict(grown, str(folder / "config.json")), plan, zero_init, noise, seed)
-    if noise and (wrong := [r for r in work if r.noise and r.piece.dtype not in ("F64", "F32", "F16", "BF16")]):
-        raise LetheError(f"{wrong[0].piece.file}: {wrong[0].name} is {wrong[0].piece.dtype}, which cannot carry noise; leave --noise out")
     total = sum(recipe.piece.nbytes for recipe in work)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +301,7 @@ def fingerprint_of(folder: Path) -> str:
     """A model's fingerprint without its weights in memory; LetheError where tensors are missing, unexpected or misshapen."""
     with torch.device("meta"):
         model = Llama(load_config(folder))
-    fill(model, folder, lambda name, tensor: None)
+    fill(model, folder, lambda name, tensor: None, ((name, tensor_at(piece)) for name, piece in pieces_of(folder).items()))
     return model.fingerprint
 
 
