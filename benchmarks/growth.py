@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="a few seconds, for tests")
     parser.add_argument("--out", help="also write the last line there")
     args = parser.parse_args(argv)
-    shape = common.SHAPES["toy" if args.toy else args.preset]
+    args.preset = "toy" if args.toy else args.preset
+    shape = common.SHAPES[args.preset]
     print(common.machine_lines("cpu"), flush=True)
     layer = sum(out * inn for out, inn in shape.linears.values()) + 2 * shape.hidden
     bound = 2 * (2 * layer + shape.vocabulary * shape.hidden) / 2**20
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         found = json.loads(done.stdout)
         print(f"grown      {shape.layers} -> {found['layers']} layers, {found['parameters']:,} parameters, {found['gigabytes']:.2f} GB, "
               f"in {found['seconds']:.1f} s")  # fmt: skip
-        print(f"memory     {found['peak_mib']:.0f} MiB above the interpreter's; two layers and the embedding are {bound:.0f} MiB", flush=True)
+        print(f"memory     {found['peak_mib']:.0f} MiB above the interpreter's (two layers and the embedding: {bound:.0f} MiB)", flush=True)
         tokens = torch.randint(shape.vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
         theirs, ours = (logits_of(grown, which, getattr(torch, args.dtype), tokens) for which in (True, False))
         difference = (theirs - ours).abs().max().item()

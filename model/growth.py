@@ -140,20 +140,19 @@ class Recipe:
     seed: int
 
     def content(self) -> Iterator[bytes | memoryview]:
-        if not self.noise:
-            return zeros(self.piece.nbytes) if self.zero else chunks(self.piece)
-        return iter([memoryview(self.noised().view(torch.uint8).numpy()).cast("B")])
+        if self.noise:
+            return self.noised()
+        return zeros(self.piece.nbytes) if self.zero else chunks(self.piece)
 
-    def noised(self) -> torch.Tensor:
-        """(1 - a) W + a eps, in float32 and rounded once; eps comes from the tensor's own generator, so no order matters. (nbytes,)"""
+    def noised(self) -> Iterator[memoryview]:
+        """(1 - a) W + a eps, in float32 and rounded once; eps comes from the tensor's own generator, so no order matters."""
         digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        shape = self.piece.shape
-        mixed = torch.empty(shape).normal_(0, self.noise * math.sqrt(self.variance), generator=generator)
-        weight = tensor_at(self.piece)
-        if not self.zero:
-            mixed.add_(weight, alpha=1 - self.noise)
-        return weight.copy_(mixed).flatten()
+        for block in tensor_at(self.piece).flatten().split(2**20):
+            mixed = torch.empty(block.shape).normal_(0, self.noise * math.sqrt(self.variance), generator=generator)
+            if not self.zero:
+                mixed.add_(block, alpha=1 - self.noise)
+            yield memoryview(mixed.to(block.dtype).view(torch.uint8).numpy())
 
 
 def recipes(source: Path, config: LlamaConfig, layers: list[int], zero_init: bool, noise: float, seed: int) -> list[Recipe]:

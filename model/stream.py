@@ -73,7 +73,7 @@ def zeros(nbytes: int) -> Iterator[bytes]:
 
 
 def tensor_at(piece: Piece) -> torch.Tensor:
-    """The tensor, mapped by itself: what was read of it is given back with it. Written to, it changes in memory alone."""
+    """The tensor, mapped by itself: the memory of what was read of it is given back with it. To be read only."""
     content = np.memmap(piece.file, np.uint8, "c", piece.begin, (piece.nbytes,))
     return torch.from_numpy(content).view(DTYPES[piece.dtype]).view(piece.shape)
 
