@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -139,28 +139,36 @@ def load_model(
     return model.eval()
 
 
-def fill(model: Llama, folder: Path, put: Callable[[str, torch.Tensor], None]) -> None:
+def mapped_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of all that a folder's files hold. What was read of a file stays mapped until the next one."""
+    for file in weight_files(folder):
+        with open_safetensors(file) as tensors:
+            for name in sorted(tensors.keys()):
+                yield name, tensors.get_tensor(name)
+
+
+def fill(
+    model: Llama, folder: Path, put: Callable[[str, torch.Tensor], None], tensors: Iterable[tuple[str, torch.Tensor]] | None = None
+) -> None:
     """Hands every weight of a folder to put(name, CPU tensor as in the file), one at a time, and sets the model's fingerprint.
 
-    The model's parameters, on any device, "meta" too, say what there must be. Raises LetheError as load_model does.
+    The model's parameters, on any device, "meta" too, say what there must be. tensors: of the folder, by other means than
+    mapped_tensors. Raises LetheError as load_model does.
     """
     config, wanted = model.config, dict(model.named_parameters())
     unexpected, misshapen = [], []
     samples: dict[str, bytes] = {}
-    for file in weight_files(folder):
-        with open_safetensors(file) as tensors:
-            for name in sorted(tensors.keys()):
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-                    continue  # derived or doubled: some exports carry them
-                if name not in wanted:
-                    unexpected.append(name)
-                    continue
-                tensor = tensors.get_tensor(name)
-                if tensor.shape != wanted[name].shape:
-                    misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
-                    continue
-                samples[name] = sample_of(name, tensor)
-                put(name, tensor)
+    for name, tensor in tensors or mapped_tensors(folder):
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue  # derived or doubled: some exports carry them
+        if name not in wanted:
+            unexpected.append(name)
+            continue
+        if tensor.shape != wanted[name].shape:
+            misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
+            continue
+        samples[name] = sample_of(name, tensor)
+        put(name, tensor)
     missing = [name for name in wanted if name not in samples and not any(name in text for text in misshapen)]
     for what, names in (("misses", missing), ("has unexpected", unexpected), ("has misshapen", misshapen)):
         if names:

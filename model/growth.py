@@ -36,7 +36,7 @@ import torch
 from model.checkpoint import fill, find_model, load_config, load_model, read_json
 from model.config import LlamaConfig
 from model.llama import LINEAR_NAMES, Llama
-from model.stream import Piece, chunks, pieces_of, read_piece, same_bytes, write_stream, zeros
+from model.stream import Piece, chunks, pieces_of, same_bytes, tensor_at, write_stream, zeros
 from study.errors import LetheError, run_command
 from study.folder import write_error, write_json
 from study.logging import progress
@@ -140,20 +140,19 @@ class Recipe:
     seed: int
 
     def content(self) -> Iterator[bytes | memoryview]:
-        if not self.noise:
-            return zeros(self.piece.nbytes) if self.zero else chunks(self.piece)
-        return iter([memoryview(self.noised().view(torch.uint8).numpy()).cast("B")])
+        if self.noise:
+            return self.noised()
+        return zeros(self.piece.nbytes) if self.zero else chunks(self.piece)
 
-    def noised(self) -> torch.Tensor:
-        """(1 - a) W + a eps, in float32 and rounded once; eps comes from the tensor's own generator, so no order matters. (nbytes,)"""
+    def noised(self) -> Iterator[memoryview]:
+        """(1 - a) W + a eps, in float32 and rounded once; eps comes from the tensor's own generator, so no order matters."""
         digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        shape = self.piece.shape
-        mixed = torch.empty(shape).normal_(0, self.noise * math.sqrt(self.variance), generator=generator)
-        weight = read_piece(self.piece)
-        if not self.zero:
-            mixed.add_(weight, alpha=1 - self.noise)
-        return weight.copy_(mixed).flatten()
+        for block in tensor_at(self.piece).flatten().split(2**20):
+            mixed = torch.empty(block.shape).normal_(0, self.noise * math.sqrt(self.variance), generator=generator)
+            if not self.zero:
+                mixed.add_(block, alpha=1 - self.noise)
+            yield memoryview(mixed.to(block.dtype).view(torch.uint8).numpy())
 
 
 def recipes(source: Path, config: LlamaConfig, layers: list[int], zero_init: bool, noise: float, seed: int) -> list[Recipe]:
@@ -240,8 +239,6 @@ def grow(
 
     grown = grown_config(raw, plan)
     work = recipes(folder, LlamaConfig.from_dict(grown, str(folder / "config.json")), plan, zero_init, noise, seed)
-    if noise and (wrong := [r for r in work if r.noise and r.piece.dtype not in ("F64", "F32", "F16", "BF16")]):
-        raise LetheError(f"{wrong[0].piece.file}: {wrong[0].name} is {wrong[0].piece.dtype}, which cannot carry noise; leave --noise out")
     total = sum(recipe.piece.nbytes for recipe in work)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +300,7 @@ def fingerprint_of(folder: Path) -> str:
     """A model's fingerprint without its weights in memory; LetheError where tensors are missing, unexpected or misshapen."""
     with torch.device("meta"):
         model = Llama(load_config(folder))
-    fill(model, folder, lambda name, tensor: None)
+    fill(model, folder, lambda name, tensor: None, ((name, tensor_at(piece)) for name, piece in pieces_of(folder).items()))
     return model.fingerprint
 
 

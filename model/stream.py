@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from model.checkpoint import open_safetensors, weight_files
@@ -34,7 +35,7 @@ class Piece(NamedTuple):
 
 
 def pieces_of(folder: Path) -> dict[str, Piece]:
-    """Every tensor of a model folder by its name. Raises LetheError for a missing, cut or foreign file."""
+    """Every tensor of a model folder by its name. Raises LetheError for a missing, cut or foreign file, and a quantised tensor."""
     found = {}
     for file in weight_files(folder):
         with open_safetensors(file):  # which checks the header, and that the file is as long as it says
@@ -45,6 +46,8 @@ def pieces_of(folder: Path) -> dict[str, Piece]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise LetheError(f"{file}: {name} is {entry['dtype']}; weights are {', '.join(DTYPES)} here, so dequantise the model first")
             found[name] = Piece(file, 8 + size + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
     return found
 
@@ -69,10 +72,10 @@ def zeros(nbytes: int) -> Iterator[bytes]:
         yield block[: nbytes - begin]
 
 
-def read_piece(piece: Piece) -> torch.Tensor:
-    """The tensor itself, of one of DTYPES."""
-    content = bytearray().join(chunks(piece))
-    return torch.frombuffer(content, dtype=DTYPES[piece.dtype]).view(piece.shape)
+def tensor_at(piece: Piece) -> torch.Tensor:
+    """The tensor, mapped by itself: the memory of what was read of it is given back with it. To be read only."""
+    content = np.memmap(piece.file, np.uint8, "c", piece.begin, (piece.nbytes,))
+    return torch.from_numpy(content).view(DTYPES[piece.dtype]).view(piece.shape)
 
 
 def same_bytes(piece: Piece, content: Iterator[bytes | memoryview]) -> bool:
@@ -96,7 +99,7 @@ def write_stream(file: Path, tensors: list[tuple[str, Piece, Content]], done: Ca
     done is called after each. Raises LetheError where the disk refuses, or a content is of another size.
     """
     # Wide dtypes first, as safetensors orders them, so that every tensor begins at a multiple of its items' size.
-    tensors = sorted(tensors, key=lambda entry: -itemsize(entry[1]))
+    tensors = sorted(tensors, key=lambda entry: -DTYPES[entry[1].dtype].itemsize)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, piece, _ in tensors:
         header[name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [end, end + piece.nbytes]}
@@ -112,8 +115,3 @@ def write_stream(file: Path, tensors: list[tuple[str, Piece, Content]], done: Ca
         handle.flush()
         if handle.tell() != 8 + len(text) + end:
             raise LetheError(f"{file}: wrote {handle.tell()} bytes instead of {8 + len(text) + end}; a source changed meanwhile")
-
-
-def itemsize(piece: Piece) -> float:
-    """Bytes of one number (of those below a byte a fraction)."""
-    return piece.nbytes / max(1, torch.Size(piece.shape).numel())
