@@ -146,6 +146,8 @@ def score_task(
         prompt = tokenizer.decode(ids, skip_special=False)
         items.append({"prompt": prompt, "output": text, "reference": record.answer, **scores, "correct": scores["exact_match"],
                       "answer_nll": loss, "tokens": len(output), "group": record.group})  # fmt: skip
+        more = {"references": list(record.references), "original": record.original}
+        items[-1] |= {name: value for name, value in more.items() if value}
     return items
 
 
