@@ -137,7 +137,8 @@ def asset_files(folder, rows):
     folder.mkdir(parents=True)
     for split, count in rows.items():
         for n, part in enumerate(("orig", *(f"simp.{k}" for k in range(10)))):
-            lines = [f"{split} sentence {i}\u2028{'version %d' % (n // 2) if n else 'as it was'}." for i in range(count)]
+            told = f"version {n // 2}" if n else "as it was"
+            lines = [f"{split} sentence {i}\u2028{told}." for i in range(count)]
             (folder / f"asset.{split}.{part}").write_text("\n".join(lines), encoding="utf-8")  # as released: no newline at the end
 
 
