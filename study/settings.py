@@ -133,6 +133,7 @@ class Config:
     max_test: int | None = opt(None, "score at most so many rows of a task", POSITIVE)
     max_length: int = opt(2048, "longest example in tokens", POSITIVE)
     template: Literal["auto", "llama3", "llama3-bare", "plain", "response"] = opt("auto", "prompt template, see model/tokenizer.py")
+    train_on_source: bool = opt(False, "the prompt's tokens carry loss too")
     strict: bool = opt(False, "a bad record is an error")
     salvage: bool = opt(False, "of a data file that is cut off, train on the rows before the cut")
     inspect: int | None = opt(None, "show kept and dropped tokens of so many examples, train nothing", POSITIVE)
