@@ -22,7 +22,7 @@ from data.batching import Examples, cut_middle, tokenize
 from data.benchmarks import Benchmark
 from data.builtin import BUILTIN_TASKS
 from data.builtin_mmlu import MINI_MMLU, mini_mmlu
-from data.folder import Task, find_task, held_out, scan
+from data.folder import MADE_HERE, Task, find_task, held_out, scan
 from data.questions import as_questions
 from data.records import Record
 from data.tasks import mmlu
@@ -60,7 +60,7 @@ def choose_tasks(
 ) -> dict[str, Task]:
     """--datasets → tasks by name. None or "all": the built-in tasks for the built-in model, else every prepared folder."""
     if datasets in (None, "all"):
-        names = list(BUILTIN_TASKS) if builtin_model else [name for name in scan(data_root) if name not in BUILTIN_TASKS]
+        names = list(BUILTIN_TASKS) if builtin_model else [name for name in scan(data_root) if name not in MADE_HERE]
         if not names:
             raise LetheError(f"no task folder under {data_root}; make one with python -m data.prepare gsm8k, or give --datasets name=file")
     else:
@@ -146,6 +146,8 @@ def score_task(
         prompt = tokenizer.decode(ids, skip_special=False)
         items.append({"prompt": prompt, "output": text, "reference": record.answer, **scores, "correct": scores["exact_match"],
                       "answer_nll": loss, "tokens": len(output), "group": record.group})  # fmt: skip
+        more = {"references": list(record.references), "original": record.original}
+        items[-1] |= {name: value for name, value in more.items() if value}
     return items
 
 

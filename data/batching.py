@@ -28,7 +28,10 @@ from study.folder import write_json
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised examples, mapped from disk. Example i is ids(i); its completion begins at starts[i] and includes the end token."""
+    """Tokenised examples, mapped from disk. Example i is ids(i); its completion begins at starts[i] and includes the end token.
+
+    The completion is what carries loss: the answer, or (tokenize on_source) all that follows the first token.
+    """
 
     key: str  # names the content: data, tokenizer, template, lengths
     flat: np.ndarray  # (all tokens,) uint32
@@ -99,18 +102,20 @@ def tokenize(
     cache: Path,
     limit: int | None = None,
     bad_rows: Report | None = None,
+    on_source: bool = False,
 ) -> Examples:
     """Tokenises records into cache/{key}, or maps what an earlier call left there.
 
     A longer example loses its prompt's middle; one whose answer alone leaves no room for a prompt token is dropped. Both are
     counted. fingerprint: of the records' source; limit: at most so many records; bad_rows: what reading the records
-    dropped, kept with the tokens' own report. Raises LetheError if nothing is left.
+    dropped, kept with the tokens' own report; on_source: the prompt carries loss too, but for its first token (BOS), which nothing
+    predicts. Raises LetheError if nothing is left.
     """
-    content = json.dumps([fingerprint, tokenizer.fingerprint, max_length, limit])
+    content = json.dumps([fingerprint, tokenizer.fingerprint, max_length, limit, *["on_source"] * on_source])
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = cache / key
     if not (folder / "report.json").is_file():
-        _write_tokens(records, tokenizer, max_length, folder, limit, bad_rows or Report())
+        _write_tokens(records, tokenizer, max_length, folder, limit, bad_rows or Report(), on_source)
     report = json.loads((folder / "report.json").read_text())
     index = np.load(folder / "index.npy")
     if not report["rows"]:
@@ -124,7 +129,7 @@ def tokenize(
 
 
 def _write_tokens(
-    records: Iterable[Record], tokenizer: Tokenizer, max_length: int, folder: Path, limit: int | None, bad_rows: Report
+    records: Iterable[Record], tokenizer: Tokenizer, max_length: int, folder: Path, limit: int | None, bad_rows: Report, on_source: bool
 ) -> None:
     """ids.bin (uint32), index.npy (N, 2) of (completion start, end offset), and report.json, which is written last."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,9 +153,10 @@ def _write_tokens(
                 prompt = cut_middle(prompt, room)
             ids = np.array(prompt + answer, dtype=np.uint32)
             file.write(ids.tobytes())
+            start = 1 if on_source else len(prompt)
             total += len(ids)
-            trainable += len(answer)
-            starts.append(len(prompt))
+            trainable += len(ids) - start
+            starts.append(start)
             ends.append(total)
     index = np.array([starts, ends], dtype=np.int64).T  # (N, 2)
     np.save(folder / "index.npy", index)

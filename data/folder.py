@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.builtin import BUILTIN_TASKS, builtin_task
+from data.builtin_generation import GENERATION_TASKS, generation_task
 from data.records import Record, Report, iter_records, load_records, to_records
 from data.tasks import superni
 from metrics.text import collapse
 from study.errors import LetheError
 
+MADE_HERE = (*BUILTIN_TASKS, *GENERATION_TASKS)  # tasks without files
 TEST_SHARE, TEST_MOST, SPLIT_SEED = 0.1, 500, 42  # what is held back from a file that comes without a test file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -72,7 +74,7 @@ def scan(data_root: str | Path = "data") -> list[str]:
     """The task names that find_task knows: built-in, then the prepared folders under the data root."""
     root = Path(data_root)
     folders = sorted(p.name for p in root.iterdir() if train_file(root, p.name).is_file()) if root.is_dir() else []
-    return [*BUILTIN_TASKS, *(name for name in folders if name not in BUILTIN_TASKS)]
+    return [*MADE_HERE, *(name for name in folders if name not in MADE_HERE)]
 
 
 def train_file(root: Path, name: str) -> Path:
@@ -88,7 +90,7 @@ def find_task(name: str, data_root: str | Path = "data", strict: bool = False, s
     """
     if "=" in name:
         return _given(*name.split("=", 1), strict, salvage)
-    if name in BUILTIN_TASKS:
+    if name in MADE_HERE:
         return _builtin(name)
     root = Path(data_root)
     train = train_file(root, name)
@@ -158,7 +160,7 @@ def _of_rows(rows: list[dict], where: str, report: Report | None = None) -> Iter
 
 
 def _builtin(name: str) -> Task:
-    made = builtin_task(name)
+    made = generation_task(name) if name in GENERATION_TASKS else builtin_task(name)
     rows = json.dumps([made["train"], made["test"], made["replay"]], sort_keys=True, ensure_ascii=False)
     return Task(
         name,

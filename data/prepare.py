@@ -3,10 +3,12 @@
 Writes {out}/{task}/{task}_test.json, _train_1p.json and, last, _remaining_train.json, which makes the folder a task.
 Test (and dev) questions are removed from train by normalised text. The 1 % for rehearsal is drawn from what is left, so
 no test question is in it, unless the owners chose rows for rehearsal themselves: those are kept, without test questions.
+With --eval_size, rows to choose settings by are taken out of train too and written as {task}_eval.json.
 """
 
 import argparse
 import difflib
+import math
 import random
 import sys
 from collections import Counter
@@ -20,6 +22,7 @@ from metrics.text import collapse, normalise
 from study.errors import LetheError, run_command
 from study.folder import write_json
 
+KEYS = ("instruction", "input", "output", "references", "original")  # of a written row; the last two where there are any
 _SHOWN = 3  # places shown for each reason
 
 
@@ -35,6 +38,7 @@ class PrepareReport:
     contaminated: list[str] = field(default_factory=list)  # places of train rows whose question is a test question
     duplicates: list[str] = field(default_factory=list)  # places of train rows that repeat an earlier one
     test_duplicates: int = 0
+    eval: str = ""  # where the eval rows come from
     written: dict[str, int] = field(default_factory=dict)  # rows, by file
 
     def __str__(self) -> str:
@@ -49,6 +53,8 @@ class PrepareReport:
                 lines.append(f"    and {len(kinds) - 12} other reasons")
         lines.append(f"  removed from train: {len(self.contaminated)} test questions{_listed(self.contaminated)}")
         lines.append(f"  removed from train: {len(self.duplicates)} repeated questions{_listed(self.duplicates)}")
+        if self.eval:
+            lines.append(f"  eval: {self.eval}")
         if self.test_duplicates:
             lines.append(f"  test repeats {self.test_duplicates} of its own questions; all are kept")
         lines += [f"  wrote {path}: {count} rows" for path, count in self.written.items()]
@@ -75,22 +81,34 @@ def known_task(name: str) -> ModuleType:
 
 
 def prepare(
-    task: str, source: str | None = None, out: str = "data", split: str = "official", seed: int = 42
+    task: str, source: str | None = None, out: str = "data", split: str = "official", seed: int = 42, eval_size: float = 0
 ) -> PrepareReport:
-    """Read the raw rows (from source, else from the hub), split, clean and write them; returns the report."""
+    """Read the raw rows (from source, else from the hub), split, clean and write them; returns the report.
+
+    eval_size: a share of train (below 1) or a count, set aside as {task}_eval.json; eval rows of the owners are taken instead.
+    """
     module = known_task(task)
     folder, rows = _from_source(module, Path(source)) if source else _from_hub(module)
     report = PrepareReport(task, str(folder))
     kept = {name: _convert(module, split_rows, name, report) for name, split_rows in rows.items()}
     train, test = _split(module, kept, split, seed, report)
     report.test_duplicates = len(test) - len({_exact(row) for row in test})
-    train = _without_leaks(module, train, test + kept.get("dev", []), report)
+    held = _without_leaks(module, kept.get("eval", []), test, report)
+    train = _without_leaks(module, train, test + kept.get("dev", []) + held, report)
+    if held:
+        report.eval = f"the owners' {len(held)} rows" + "; --eval_size is not used" * bool(eval_size)
+    elif eval_size and train:
+        train, held = _set_aside(module, train, eval_size, seed, report)
     if not train or not test:
         raise LetheError(f"{task}: nothing left for {'test' if train else 'train'}\n{report}")
     replay = _without_leaks(module, kept.get("replay", []), test, report)
     replay = replay or random.Random(seed).sample(train, max(1, round(len(train) / 100)))
     target = train_file(Path(out), task)
-    for name, part in (("test", test), ("train_1p", replay), ("remaining_train", train)):  # the last makes it a task
+    target.with_name(f"{task}_eval.json").unlink(missing_ok=True)  # of an earlier call, whose rows may be in train now
+    parts = {"test": test, "eval": held, "train_1p": replay, "remaining_train": train}  # the last makes it a task
+    for name, part in parts.items():
+        if name == "eval" and not part:
+            continue
         path = target.with_name(f"{task}_{name}.json")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +116,7 @@ def prepare(
             raise LetheError(
                 f"{path.parent}: cannot be made ({error.strerror}); give another folder by --out"
             ) from None
-        write_json(path, [{key: row[key] for key in ("instruction", "input", "output")} for row in part])
+        write_json(path, [{key: row[key] for key in KEYS if key in row} for row in part])
         report.written[str(path)] = len(part)
     return report
 
@@ -145,6 +163,21 @@ def _without_leaks(module: ModuleType, train: list[dict], held: list[dict], repo
     return clean
 
 
+def _set_aside(
+    module: ModuleType, train: list[dict], size: float, seed: int, report: PrepareReport
+) -> tuple[list[dict], list[dict]]:
+    """(train, eval): rows drawn by the seed; what asks the same question as one of them leaves train with it."""
+    count = math.ceil(size * len(train)) if size < 1 else int(size)
+    if count >= len(train):
+        raise LetheError(f"--eval_size {size:g} of {len(train)} training rows leaves none; give less")
+    question, drawn = getattr(module, "question", _whole), set(random.Random(seed).sample(range(len(train)), count))
+    held = [row for i, row in enumerate(train) if i in drawn]
+    asked = {normalise(question(row)) for row in held}
+    rest = [row for i, row in enumerate(train) if i not in drawn and normalise(question(row)) not in asked]
+    report.eval = f"{count} rows of train, drawn with seed {seed}; {len(train) - count - len(rest)} more ask the same and are left out"
+    return rest, held
+
+
 def _whole(row: dict) -> str:
     return f"{row['instruction']}\n{row['input']}"
 
@@ -155,6 +188,8 @@ def _exact(row: dict) -> str:
 
 def _from_source(module: ModuleType, source: Path) -> tuple[Path, dict[str, list[dict]]]:
     """(folder, raw rows): the folder is source, or one of the task in it."""
+    if source.is_file() and getattr(module, "SOURCE_FILE", False):
+        return source, module.read_raw(source)
     folder = source.parent if source.is_file() else source
     if not folder.is_dir():
         raise LetheError(f"{source}: no such folder (--source); it should hold {module.RAW}")
@@ -210,6 +245,16 @@ class _Parser(argparse.ArgumentParser):
         raise LetheError(f"{message}; see python -m data.prepare --help")
 
 
+def _eval_size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = -1.0
+    if not 0 < size < math.inf or size >= 1 and size % 1:
+        raise LetheError(f"--eval_size {text}: give a share below 1, such as 0.01, or a whole number of rows")
+    return size
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = _Parser(prog="python -m data.prepare", description="Make a task's folder from its owners' files.")
     parser.add_argument("task", nargs="?", help=f"one of {', '.join(task_modules())}")
@@ -217,10 +262,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="data", help="the data root (default: data)")
     parser.add_argument("--split", choices=("official", "seed"), default="official", help="seed: 10 %% of train")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--eval_size", "--eval-size", type=_eval_size, default=0, help="eval rows of train: a share below 1, or a count")
     args = parser.parse_args(argv)
     if not args.task:
         raise LetheError(f"which task? python -m data.prepare TASK, one of {', '.join(task_modules())}")
-    print(prepare(args.task, args.source, args.out, args.split, args.seed))
+    print(prepare(args.task, args.source, args.out, args.split, args.seed, args.eval_size))
 
 
 if __name__ == "__main__":

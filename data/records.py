@@ -7,6 +7,9 @@ One row may be (told per row, in this order):
     prompt                     answer or completion; texts, or lists of messages
     question                   answer
     input                      output
+
+Beside them a row of one record may carry `references`, a list of every acceptable answer, and `original`, the text that the
+answer rewrites; scores use them. Where `references` is no list of texts it is a column of another meaning, and ignored.
 """
 
 from collections.abc import Iterator
@@ -37,6 +40,8 @@ class Record:
     answer: str
     source: str = ""
     group: str = ""  # "held_out": a test item of a template that training never saw
+    references: tuple[str, ...] = ()  # all acceptable answers, the first equal to answer; empty: only answer
+    original: str = ""  # the text that the answer rewrites
 
 
 @dataclass
@@ -184,8 +189,11 @@ def _examples(row: object) -> list[tuple[Turns, str] | _Bad]:
 def to_records(row: object, where: str, report: Report, strict: bool = False) -> Iterator[Record]:
     """The records of one row; what is wrong with it goes into the report (strict: LetheError)."""
     report.rows += 1
+    beside = {}
     try:
         examples = _examples(row)
+        if len(examples) == 1 and not isinstance(examples[0], _Bad):
+            beside = _beside(row, examples[0][1])
     except _Bad as reason:
         examples = [reason]
     group = "held_out" if isinstance(row, dict) and row.get("held_out") is True else ""
@@ -196,12 +204,27 @@ def to_records(row: object, where: str, report: Report, strict: bool = False) ->
             report.drop(where, str(example))
         else:
             report.kept += 1
-            yield Record(*example, source=where, group=group)
+            yield Record(*example, source=where, group=group, **beside)
+
+
+def _beside(row: dict, answer: str) -> dict:
+    """references and original of a row with one record. The answer is the first reference; else they stay as they are,
+    equal ones too, since SARI counts in how many of them a word stands."""
+    listed, original = row.get("references"), row.get("original")
+    if not (isinstance(listed, list) and all(isinstance(text, str) for text in listed)):
+        listed = []
+    found = [text for text in (_text(text, "reference", required=False) for text in listed) if text]
+    if answer in found:
+        found.remove(answer)
+    original = _text(original, "original", required=False) if isinstance(original, str) else ""
+    return {"references": (answer, *found) if set(found) - {answer} else (), "original": original}
 
 
 def as_row(record: Record) -> dict:
     """A record as a row that reading takes back."""
-    return {"prompt": [list(turn) for turn in record.prompt], "answer": record.answer}
+    row = {"prompt": [list(turn) for turn in record.prompt], "answer": record.answer}
+    more = {"references": list(record.references), "original": record.original}
+    return row | {name: value for name, value in more.items() if value}
 
 
 def iter_records(path: str | Path, strict: bool = False, report: Report | None = None, salvage: bool = False) -> Iterator[Record]:

@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     how.add_argument("--learning_rate", "--lr", type=_above_zero, default=RATE, metavar="X", help=f"of the probe ({RATE:g})")
     how.add_argument("--no_probe", action="store_true", help="train no probes; their columns stay empty")
     how.add_argument("--retain", type=Path, metavar="FILE", help="records whose loss the probe watches; default: built-in general texts")
-    how.add_argument("--template", default="auto", metavar="T", help="auto, llama3, llama3-bare, plain")
+    how.add_argument("--template", default="auto", metavar="T", help="auto, llama3, llama3-bare, plain, response")
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     run = parser.add_argument_group("how it runs")
     run.add_argument("--batch_size", type=_whole(1), default=1, metavar="N", help="examples in a pass: changes memory, not the numbers (1)")

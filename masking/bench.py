@@ -57,8 +57,8 @@ class Bench:
         """The task's training examples, tokenised once and mapped from the study folder."""
         found, bad_rows = self.tasks[task], Report()
         records = found.train(report=bad_rows)
-        cache, length = self.study.path / "tokens", self.config.max_length
-        return tokenize(records, self.subject.tokenizer, length, found.fingerprint, cache, max_train, bad_rows)
+        cache, length, source = self.study.path / "tokens", self.config.max_length, self.config.train_on_source
+        return tokenize(records, self.subject.tokenizer, length, found.fingerprint, cache, max_train, bad_rows, source)
 
     def examples_of(self, run: Run, max_train: int | None) -> tuple[Examples, dict[str, int]]:
         """What a run trains on, and how many rows of which earlier task are among it (they are made where they are not there yet)."""
@@ -73,7 +73,8 @@ class Bench:
         content = json.dumps([task.fingerprint, max_train, [[record.prompt, record.answer] for record in rows]])
         records = chain(islice(task.train(), max_train), rows)
         cache, fingerprint = self.study.path / "tokens", hashlib.sha256(content.encode()).hexdigest()
-        found = tokenize(records, self.subject.tokenizer, config.max_length, fingerprint, cache)
+        source = config.train_on_source
+        found = tokenize(records, self.subject.tokenizer, config.max_length, fingerprint, cache, on_source=source)
         return found, {name: len(records) for name, records in old.items()}
 
     def anchor(self, run: Run, names: list[str], parameters: list[nn.Parameter], masters: list[nn.Parameter]) -> Anchor | None:

@@ -47,6 +47,8 @@ def refuse_masks(config: Config, arms: list[str]) -> None:
         raise LetheError(f"--match {masking.match}: no such policy to match{nearest(masking.match, matchable)}")
     for arm in config.arms or {}:
         parse_arms(arm, known)
+    if config.train_on_source and config.stage != 1 and (masked := [arm for arm in arms if arm != "none"]):
+        raise LetheError(f"--train_on_source trains on whole prompts, and --mask {masked[0]} chooses among answer tokens; give --mask none")
     for arm in arms:
         asked = masking.match if "count" in known[arm] else arm
         if masking.threshold == 0 and asked in ("highest", "stm_dpf"):
@@ -87,7 +89,8 @@ def plan_lines(bench: Bench, runs: list[Run]) -> str:
             per_step = settings.batch_size * settings.gradient_accumulation
             row.append(steps_of(len(rows_of(name, max_train)), per_step, settings.epochs, settings.max_steps))
         table.append(row)
-    headers = ["task", "train", "test", "median tokens", "answer tokens", "cut prompts", "too long", "bad rows"]
+    lossy = "trained tokens" if config.train_on_source else "answer tokens"
+    headers = ["task", "train", "test", "median tokens", lossy, "cut prompts", "too long", "bad rows"]
     lines.append(format_table(table, headers + [f"stage {stage} steps" for stage in stages]))
     lines += [f"bad row    {line}" for line in list(dict.fromkeys(bad))[:20]]
     return "\n".join([*lines, planned])

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from model.subject import Subject
+from model.tokenizer import CHAT_TEMPLATES
 from study.errors import LetheError
 
 SHOTS_SEED = 1234  # lm-eval's own seeds: which solved examples are drawn, and what tasks shuffle
@@ -102,8 +103,9 @@ def score_suite(
 
     from model.harness_model import HarnessModel
 
-    if chat and subject.tokenizer.template == "plain":
-        raise LetheError("--harness in chats needs a model with a chat template; this one is used with --template plain")
+    if chat and subject.tokenizer.template not in CHAT_TEMPLATES:
+        used = f"this one is used with --template {subject.tokenizer.template}"
+        raise LetheError(f"--harness in chats needs a model with a chat template; {used}")
     tasks, model = suite.loaded["tasks"], HarnessModel(subject, batch_size, quiet, f"score {suite.name}")
     with _steady():
         for task in tasks.values():

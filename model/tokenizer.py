@@ -15,15 +15,22 @@ from tokenizers import Tokenizer as HFTokenizer
 from model.checkpoint import find_model, read_json
 from study.errors import LetheError
 
-TEMPLATES = ("llama3", "llama3-bare", "plain")
+CHAT_TEMPLATES = ("llama3", "llama3-bare")  # the others write plain text, for base models
+TEMPLATES = (*CHAT_TEMPLATES, "plain", "response")
 DATE = "26 Jul 2024"  # the template's own fallback, pinned: today's date would change the tokens every day
+OPENING = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
 
 
 class Tokenizer:
     """One model's tokenizer with one template.
 
     template: "llama3" renders chats as Llama 3.x Instruct's own template does, "llama3-bare" leaves out the system block
-    unless there is a system turn (LLaMA-Factory's llama3), "plain" is for base models: Input: … Output: …
+    unless there is a system turn (LLaMA-Factory's llama3), "plain" is for base models: Input: … Output: …, and so is "response":
+    Alpaca's opening sentences, the input under no heading, "### Response:", and the answer at once (not Alpaca's own prompt,
+    which has headings for instruction and input).
     """
 
     def __init__(self, hf: HFTokenizer, special: dict[str, int], bos: int | None, end: list[int], template: str):
@@ -33,7 +40,7 @@ class Tokenizer:
         self.hf.no_padding()
         self.special, self.bos, self.template = special, bos, template
         # The closing token of an answer: end of turn in a chat, end of text otherwise.
-        self.end_id = special["<|eot_id|>"] if template != "plain" else end[0]
+        self.end_id = special["<|eot_id|>"] if template in CHAT_TEMPLATES else end[0]
         self.stop_ids = frozenset(end)
         self.pad_id = special.get("<|finetune_right_pad_id|>", end[0])
         self.vocab_size = hf.get_vocab_size(with_added_tokens=True)
@@ -54,19 +61,20 @@ class Tokenizer:
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation [{"role", "content"}, …] in the template; with the answer's opening if asked."""
-        turns = [(message["role"], message["content"]) for message in messages]
-        if self.template == "plain":
-            return self._plain(turns, add_generation_prompt)
-        return self._llama3(turns, add_generation_prompt)
+        return self._render([(message["role"], message["content"]) for message in messages], add_generation_prompt)
 
     def render_prompt(self, turns: tuple[tuple[str, str], ...]) -> list[int]:
         """Ids of everything before an answer, the answer's opening included."""
-        return self._plain(turns, True) if self.template == "plain" else self._llama3(turns, True)
+        return self._render(turns, True)
 
     def render_answer(self, answer: str) -> list[int]:
         """Ids of an answer with its closing token: the completion, which alone carries loss."""
         text = " " + answer.strip() if self.template == "plain" else answer.strip()
         return [*self.encode(text), self.end_id]
+
+    def _render(self, turns, open_answer: bool) -> list[int]:
+        write = {"plain": self._plain, "response": self._response}.get(self.template, self._llama3)
+        return write(turns, open_answer)
 
     def _llama3(self, turns, open_answer: bool) -> list[int]:
         """Llama 3.x Instruct. Every turn: header, two newlines, trimmed content, <|eot_id|>. One BOS."""
@@ -94,11 +102,22 @@ class Tokenizer:
         text = ""
         openings = {"user": "Input: ", "assistant": "Output: ", "system": ""}
         for role, content in turns:
-            if role not in openings:
-                raise LetheError(f"the role {role!r} is unknown to the plain template; known: {', '.join(openings)}")
-            text += f"{openings[role]}{content.strip()}\n"
-        ids = [] if self.bos is None else [self.bos]
-        return ids + self.encode(text + "Output:" if open_answer else text.rstrip("\n"))
+            text += f"{self._known(role, openings)}{content.strip()}\n"
+        return self._with_bos(text + "Output:" if open_answer else text.rstrip("\n"))
+
+    def _response(self, turns, open_answer: bool) -> list[int]:
+        """Paragraphs: the opening, a system text, each input, each answer behind "### Response:", which stands last for the next."""
+        openings = {"user": "", "assistant": "### Response:", "system": ""}
+        parts = [OPENING, *(self._known(role, openings) + content.strip() for role, content in turns)]
+        return self._with_bos("\n\n".join([*parts, openings["assistant"]] if open_answer else parts))
+
+    def _known(self, role: str, openings: dict[str, str]) -> str:
+        if role not in openings:
+            raise LetheError(f"the role {role!r} is unknown to the {self.template} template; known: {', '.join(openings)}")
+        return openings[role]
+
+    def _with_bos(self, text: str) -> list[int]:
+        return ([] if self.bos is None else [self.bos]) + self.encode(text)
 
 
 def load_tokenizer(path: str | Path, template: str = "auto") -> Tokenizer:
@@ -123,7 +142,7 @@ def load_tokenizer(path: str | Path, template: str = "auto") -> Tokenizer:
         template = "llama3" if chat and has_template else "plain"
     if template not in TEMPLATES:
         raise LetheError(f"--template {template!r} is unknown; known: auto, {', '.join(TEMPLATES)}")
-    if template != "plain" and not chat:
+    if template in CHAT_TEMPLATES and not chat:
         raise LetheError(f"--template {template} needs Llama 3's special tokens, which {file} lacks; use --template plain")
 
     def named(key: str) -> int | None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.folder import find_task, scan
-from data.records import Record, Report, iter_records, load_records
+from data.records import Record, Report, as_row, iter_records, load_records
 from study.errors import LetheError
 
 
@@ -346,3 +346,27 @@ def test_builtin_task():
     task = find_task("mini_svamp")
     assert task.answer_kind == "number" and len(task.test) >= 200 and len(list(task.train())) >= 600
     assert {r.group for r in task.test} == {"", "held_out"} and task.fingerprint == find_task("mini_svamp").fingerprint
+
+
+def test_references_and_original(tmp_path):
+    """Of any row with one record; the answer comes first, equal ones stay. What is no list of texts is another column."""
+    asked = {"instruction": "Simplify.", "input": "He commenced.", "output": "He began."}
+    rows = [
+        asked | {"references": ["He started.", " He began.\n", "", "He started."], "original": " He commenced. "},
+        {"prompt": "2+2?", "answer": "4", "references": ["4", "four"]},
+        asked | {"references": ["He began."]},
+        asked | {"references": [{"url": "x"}], "original": {"id": 3}},
+        {"instruction": "And 3?", "output": "6", "history": [["2+2?", "4"]], "references": ["six"]},
+        asked | {"references": ["half \ud83d"]},
+    ]
+    report = Report()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = load_records(tmp_path / "rows.jsonl", report=report)
+    assert [record.references for record in records] == [("He began.", "He started.", "He started."), ("4", "four"), (), (), (), ()]
+    assert [record.original for record in records] == ["He commenced.", "", "", "", "", ""]
+    assert report.dropped_count == 1 and "reference holds half of a surrogate pair" in report.dropped[0][1]
+    again = write(tmp_path / "again.jsonl", [as_row(record) for record in records])
+    assert [(r.prompt, r.answer, r.references, r.original) for r in load_records(again)] == [
+        (r.prompt, r.answer, r.references, r.original) for r in records
+    ]
+    assert as_row(records[2]).keys() == {"prompt", "answer"}

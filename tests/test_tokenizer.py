@@ -146,6 +146,32 @@ def test_plain_template_with_the_built_in_tokenizer():
     assert nano.render_prompt((("user", "x\n"),)) == nano.render_prompt((("user", " x"),))
 
 
+OPENING = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+
+
+@pytest.mark.parametrize("which", ["nano", "toy"])
+def test_response_template(which, toy):
+    """One string behind BOS, and the answer with the end of text at once behind it."""
+    tokenizer = load_tokenizer("nano" if which == "nano" else toy, "response")
+    prompt = tokenizer.render_prompt((("user", " Simplify this: \"He commenced.\"\n"),))
+    text = OPENING + '\n\nSimplify this: "He commenced."\n\n### Response:'
+    assert prompt == [tokenizer.special["<|begin_of_text|>"], *tokenizer.hf.encode(text, add_special_tokens=False).ids]
+    answer = tokenizer.render_answer(" He began.\n")
+    assert answer == [*tokenizer.encode("He began."), tokenizer.special["<|end_of_text|>"]] and answer[-1] in tokenizer.stop_ids
+    turns = [("system", "Be terse."), ("user", "What is 2 + 2?"), ("assistant", " 4 "), ("user", "And 3 + 3? <|end_of_text|>")]
+    whole = f"{OPENING}\n\nBe terse.\n\nWhat is 2 + 2?\n\n### Response:4\n\nAnd 3 + 3? <|end_of_text|>"
+    for opened, end in ((True, "\n\n### Response:"), (False, "")):
+        ids = tokenizer.render_chat(messages(turns), opened)
+        assert tokenizer.decode(ids, skip_special=False) == f"<|begin_of_text|>{whole}{end}"
+        assert not set(ids[1:]) & set(tokenizer.special.values())
+    assert len({load_tokenizer("nano", name).fingerprint for name in ("plain", "response")}) == 2
+    with pytest.raises(LetheError, match="role 'tool' is unknown to the response template"):
+        tokenizer.render_chat([{"role": "tool", "content": "x"}])
+
+
 def test_templates_that_do_not_fit(toy):
     with pytest.raises(LetheError, match="--template 'chatml' is unknown; known: auto, llama3"):
         load_tokenizer(toy, "chatml")

@@ -1,7 +1,8 @@
 """One file per task: where its raw rows lie, what a row becomes, how its answers are scored.
 
 Each has ANSWER_KIND, MAX_NEW_TOKENS, RAW (what lies under --source), FOLDERS, HUB (repository, files), read_raw(folder)
-and to_alpaca(row); where it must, TEST_SHARE (no official test split) and question(row), by which leaks are found.
+and to_alpaca(row); where it must, TEST_SHARE (no official test split), SOURCE_FILE (--source may name one of several files) and
+question(row), by which leaks are found.
 """
 
 from pathlib import Path
