@@ -71,7 +71,7 @@ def beam_search(
     try:
         while None in outputs:
             try:
-                search = Search(model, num_beams, length_penalty, no_repeat_ngram_size, repetition_penalty, early_stopping, stop_ids)
+                search = Search(model, stop_ids, num_beams, length_penalty, no_repeat_ngram_size, repetition_penalty, early_stopping)
                 search.run(prompts, max_new_tokens, groups, outputs, on_done)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or groups == 1:
@@ -86,9 +86,13 @@ def beam_search(
 class Search:
     """The state of a search, a row for each of the prompts that are searched at a time; N beams each, slot = row * N + beam."""
 
-    def __init__(self, model: Llama, num_beams: int, length_penalty: float, ngram: int, repetition_penalty: float, early_stopping, stop_ids):
-        self.model, self.num_beams, self.length_penalty, self.early_stopping = model, num_beams, length_penalty, early_stopping
-        self.ngram, self.repetition_penalty, self.stop_ids = ngram, repetition_penalty, stop_ids
+    def __init__(
+        self, model: Llama, stop_ids: list[int], num_beams: int, length_penalty: float, no_repeat_ngram_size: int,
+        repetition_penalty: float, early_stopping: bool | str,
+    ):  # fmt: skip
+        self.model, self.stop_ids, self.num_beams = model, stop_ids, num_beams
+        self.length_penalty, self.early_stopping = length_penalty, early_stopping
+        self.ngram, self.repetition_penalty = no_repeat_ngram_size, repetition_penalty
 
     def run(self, prompts: list[list[int]], limit: int, groups: int, outputs: list, on_done: Callable[[int], None] | None) -> None:
         """Fills rows, steps and looks, until every prompt has its output."""
@@ -155,8 +159,8 @@ class Search:
             self.cache.lengths[slots] = size[:, None]
             padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in pack]).to(device)
             self.history[row, :, :longest] = padded[:, None]
-            for state, value in ((self.sizes, size), (self.counts, 0), (self.done, False), (self.finished, False), (self.found_scores, NEVER)):
-                state[row] = value
+            self.sizes[row], self.counts[row], self.done[row] = size, 0, False
+            self.finished[row], self.found_scores[row] = False, NEVER
             self.scores[row] = torch.tensor([0.0] + [NEVER] * (N - 1), device=device)  # the beams are one still
             self._extend(row, logits.repeat_interleave(N, 0), longest, 0)
 
@@ -213,8 +217,8 @@ class Search:
         chosen = chosen.gather(1, order)
         self.scores[rows] = scores.gather(1, order)
         self.tokens[rows], sources = tokens.gather(1, chosen), parents.gather(1, chosen)
-        history = history.gather(1, sources[..., None].expand_as(history))
-        self.history[rows] = history.scatter_(2, ends[:, None, None].expand(-1, N, 1).clamp(max=history.shape[2] - 1), self.tokens[rows][..., None])
+        history, place = history.gather(1, sources[..., None].expand_as(history)), ends.clamp(max=history.shape[2] - 1)  # of idle rows too
+        self.history[rows] = history.scatter_(2, place[:, None, None].expand(-1, N, 1), self.tokens[rows][..., None])
         if most:
             first = torch.arange(len(self.sizes), device=device)[rows][:, None] * N
             sources, targets = (first + sources).flatten(), (first + torch.arange(N, device=device)).flatten()
