@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from data.batching import Examples, cut_middle, tokenize
 from data.benchmarks import Benchmark
 from data.builtin import BUILTIN_TASKS
 from data.builtin_mmlu import MINI_MMLU, mini_mmlu
-from data.folder import MADE_HERE, Task, find_task, held_out, scan
+from data.folder import MADE_HERE, Task, find_task, held_out, scan, task_modules
 from data.questions import as_questions
 from data.records import Record
 from data.tasks import mmlu
@@ -36,6 +37,7 @@ from metrics.answers import score_answer
 from metrics.summary import summarise, summarise_benchmark
 from model.checkpoint import load_model
 from model.choices import score_options
+from model.decoding import GREEDY, Decoding, decode, seed_of
 from model.generate import Decoder, generate, generate_and_score
 from model.harness import load_harness, score_suite
 from model.llama import Llama
@@ -45,9 +47,9 @@ from study.config import EvalConfig, parse, parse_eval
 from study.errors import LetheError, run_command
 from study.folder import StudyFolder, newest_study, read_json, seed_folders, write_json, write_jsonl
 from study.logging import format_table, progress, say
-from study.plan import Run, cells_to_score
+from study.plan import Run, cells_to_score, nearest
 from study.report import cell_file, report, trained_runs
-from study.settings import EvaluationConfig
+from study.settings import DECODING, EvaluationConfig
 
 MOST_TOKENS = 4096  # of a benchmark's prompt: with five solved examples a few of MMLU's are longer
 
@@ -72,6 +74,26 @@ def choose_tasks(
         if len({task.spec for task in tasks if task.name == name}) > 1:
             raise LetheError(f"--datasets names two different files {name!r}; give each a name of its own")
     return {task.name: task for task in tasks}
+
+
+def decoding_of(asked: EvaluationConfig | EvalConfig, task: str) -> Decoding:
+    """How a task's outputs are decoded: as `decoding` says of it, else as all."""
+    own = (asked.decoding or {}).get(task)
+    try:
+        return Decoding(**({name: getattr(asked, name) for name in DECODING} if own is None else own))
+    except LetheError as error:
+        raise LetheError(f"{'evaluation' if own is None else f'decoding of {task}'}: {error}") from None
+
+
+def check_decoding(asked: EvaluationConfig | EvalConfig, tasks: Iterable[str], data_root: str) -> None:
+    """Refuses settings that contradict each other and names that no task has; one that is not asked for now may have its own."""
+    tasks = list(tasks)
+    known = list(dict.fromkeys([*tasks, *scan(data_root), *task_modules()]))
+    for name in asked.decoding or {}:
+        if name not in known:
+            raise LetheError(f"decoding: no task is named {name!r}{nearest(name, known)}")
+    for name in {*tasks, *(asked.decoding or {})}:
+        decoding_of(asked, name)
 
 
 def choose_columns(asked: EvaluationConfig | EvalConfig) -> dict[str, Benchmark]:
@@ -125,11 +147,13 @@ def find_columns(spec: dict) -> list[Benchmark]:
 def score_task(
     model: Llama, tokenizer: Tokenizer, task: Task, *, max_test: int | None = None, max_length: int = 2048,
     batch_size: int = 64, max_new_tokens: int | None = None, quiet: bool = False, merge: bool = True, decoder: Decoder | None = None,
+    how: Decoding = GREEDY, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
     """One dict per test item: prompt, output, extracted, gold, exact_match and the other scores, answer_nll, group.
 
-    Greedy decoding with the adapter merged into scratch weights; without merge and on a quantised base, beside them. answer_nll:
-    mean nll of the reference answer's tokens (its end token included), in nats. decoder: see model.generate.
+    With the adapter merged into scratch weights; without merge and on a quantised base, beside them. answer_nll: mean nll of the
+    reference answer's tokens (its end token included), in nats. how: greedily if nothing is said; what is drawn depends on seed
+    and the item alone. decoder: see model.generate.
     """
     records = task.test[:max_test]
     prompts, answers = as_ids(tokenizer, records, max_length)
@@ -138,7 +162,12 @@ def score_task(
         merged(model) if merge and not model.quantized else nullcontext(),
         progress(len(records), f"score {task.name}", "items", enabled=not quiet) as bar,
     ):
-        outputs, losses = generate_and_score(model, prompts, answers, new, stops, batch_size, bar.update, decoder)
+        if how.greedy:
+            outputs, losses = generate_and_score(model, prompts, answers, new, stops, batch_size, bar.update, decoder)
+        else:
+            _, losses = generate_and_score(model, prompts, answers, 0, stops, batch_size, None, decoder)
+            seeds = [seed_of(seed, *(text for _, text in record.prompt), record.answer) for record in records]
+            outputs = decode(model, prompts, new, stops, how, seeds=seeds, batch_size=batch_size, on_done=bar.update, decoder=decoder)
     items = []
     for record, ids, output, loss in zip(records, prompts, outputs, losses, strict=True):
         text = tokenizer.decode(output).strip()
@@ -260,7 +289,7 @@ def score_run(bench: Bench, run: Run | None, names: list[str], label: str, decod
         else:
             items = score_task(
                 subject.model, subject.tokenizer, bench.tasks[name], max_test=config.max_test, max_length=config.max_length,
-                max_new_tokens=config.evaluation.max_new_tokens, decoder=decoder,
+                max_new_tokens=config.evaluation.max_new_tokens, decoder=decoder, how=decoding_of(config.evaluation, name), seed=bench.seed,
             )  # fmt: skip
         write_jsonl(cell_file(tree, run, name), items)
         told.append(f"{name} {np.mean([item['correct'] for item in items if item['correct'] is not None]):6.1%}")
@@ -326,7 +355,9 @@ def evaluate_study(arguments: EvalConfig) -> None:
         if subject.model.fingerprint != record["identity"]["model"]:
             raise LetheError(f"{record['model']} is not the model that this study was trained on; its weights have changed")
         print(subject.about)
-        benches = [Bench(config, subject, tasks, StudyFolder(tree, read_json(tree / "study.json")), 0, columns=columns) for tree in trees]
+        studies = [StudyFolder(tree, read_json(tree / "study.json")) for tree in trees]
+        seeds = [study.record["identity"]["settings"]["seed"] for study in studies]
+        benches = [Bench(config, subject, tasks, study, seed, columns=columns) for study, seed in zip(studies, seeds, strict=True)]
         scored = sum(score_study(bench, only) for bench in benches)
         print(f"scored     {scored} missing cell{'s' * (scored > 1)}" if scored else "scored     nothing: every cell was there")
     report(root)
@@ -350,6 +381,7 @@ def evaluate_model(arguments: EvalConfig) -> None:
     tasks = {} if columns and not asked else choose_tasks(asked, arguments.data_root, arguments.model == "nano")
     if arguments.no_merge and not tasks:
         raise LetheError("--no_merge compares the answers on tasks; name some with --tasks")
+    check_decoding(arguments, tasks, arguments.data_root)
     print(subject.about)
     if arguments.adapter:
         load_adapter(subject.model, arguments.adapter)
@@ -364,8 +396,10 @@ def evaluate_model(arguments: EvalConfig) -> None:
         if arguments.out:
             write_jsonl(Path(arguments.out) / "eval" / f"{name}.jsonl", items)
 
-    settings = {"max_test": arguments.max_test, "batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+    settings = {"max_test": arguments.max_test, "batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens,
+                "seed": arguments.seed}  # fmt: skip
     for task in tasks.values():
+        settings["how"] = decoding_of(arguments, task.name)
         items = score_task(subject.model, subject.tokenizer, task, **settings)
         keep(task.name, items, summarise(items))
         if arguments.no_merge:

@@ -381,6 +381,7 @@ def held_out_scores(bench: Bench, run: Run) -> dict[str, float]:
             bench.subject.model, bench.subject.tokenizer, bench.tasks[name], max_test=bench.config.evaluation.eval_items,
             max_length=bench.config.max_length, batch_size=bench.config.evaluation.batch_size,
             max_new_tokens=bench.config.evaluation.max_new_tokens, quiet=True,
+            how=evaluation.decoding_of(bench.config.evaluation, name), seed=bench.seed,
         )  # fmt: skip
         values[f"eval/{name}/exact_match"] = float(np.mean([item["exact_match"] for item in items]))
         values[f"eval/{name}/answer_nll"] = float(np.mean([item["answer_nll"] for item in items]))
@@ -559,6 +560,7 @@ def run_study(config: Config, argv: list[str], processes: tuple[Ranks, Workers] 
         tasks = {name: whole_file(name, file, config.strict, config.salvage) for file, name in task_names(files).items()}
     else:
         tasks = evaluation.choose_tasks(config.datasets, config.data_root, config.model.name == "nano", config.strict, config.salvage)
+    evaluation.check_decoding(config.evaluation, tasks, config.data_root)
     columns = evaluation.choose_columns(config.evaluation)
     if both := sorted(set(tasks) & set(columns)):
         raise LetheError(f"{both[0]} is both a data set and a column of general ability; rename the data set")

@@ -35,10 +35,20 @@ class KVCache:
         self.lengths = torch.ones(slots, dtype=torch.long, device=device)  # (slots,) at least 1, also where nothing runs
         self.cos, self.sin = rotary_phases(config, torch.arange(room, device=device))  # (room, D / 2)
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copies slots (n,) to others; no slot is both."""
-        for block in (*self.layers, self.lengths):  # a layer at a time: the copy on the way is small
-            block[targets] = block[sources]
+    def move(self, sources: Tensor, targets: Tensor, places: Tensor | slice | None = None) -> None:
+        """Copies slots (n,) to others; no slot is both, unless it goes to itself.
+
+        places: of the tokens alone that lie there, their number as it was: (n, m), each slot's own, or a slice for all.
+        """
+        if isinstance(places, Tensor):
+            sources, targets = sources[:, None], targets[:, None]
+        for block in self.layers:  # a layer at a time: the copy on the way is small
+            if places is None:
+                block[targets] = block[sources]
+            else:
+                block[targets, :, places] = block[sources, :, places]
+        if places is None:
+            self.lengths[targets] = self.lengths[sources]
 
 
 class Prefill(Pack):

@@ -173,7 +173,7 @@ class Decoder:
         self.cache.lengths.fill_(1)
         self.limit.fill_(limit)
         if self.draw:
-            self.draw.prepare(self.slots, limit, self.model.config.vocab_size, device)
+            self.draw.prepare(self.slots, limit, self.cache.room, self.model.config.vocab_size, device)
         if self.captures:
             self._capture(width)
 
@@ -181,7 +181,7 @@ class Decoder:
         """Prompts (and their answers) into slots, in packs of about PREFILL_TOKENS, and the first new token of each."""
         device, head = self.model.device, self.model.head_weight
         whole = {slot: prompts[i] + (answers[i] if answers else []) for slot, i in began.items()}
-        for slots in _packs({slot: len(ids) for slot, ids in whole.items()}, PREFILL_TOKENS[device.type]):
+        for slots in packs({slot: len(ids) for slot, ids in whole.items()}, PREFILL_TOKENS[device.type]):
             lengths, kept = [len(whole[slot]) for slot in slots], [len(prompts[began[slot]]) for slot in slots]
             ids = torch.tensor([token for slot in slots for token in whole[slot]])
             sight = Prefill(self.cache, slots, lengths, kept)
@@ -282,7 +282,7 @@ class Decoder:
         return self.model.adapter, [parameter.data_ptr() for parameter in self.model.parameters()]
 
 
-def _packs(sizes: dict[int, int], budget: int) -> list[list[int]]:
+def packs(sizes: dict[int, int], budget: int) -> list[list[int]]:
     """Keys in their order, cut so that the sizes of a pack stay within the budget where they can."""
     packs, total = [], budget
     for key, size in sizes.items():

@@ -15,7 +15,7 @@ from study.errors import LetheError
 from study.flags import CONFIGS, build, help_text, load_yaml, read_flags, read_tree, read_yaml
 from study.plan import nearest
 from study.seed_words import is_seed_style, translate
-from study.settings import OPTIMIZERS, OUT, Config, EvalConfig, StageConfig
+from study.settings import DECODING, OPTIMIZERS, OUT, Config, EvalConfig, StageConfig
 
 TRAIN_EXAMPLES = """\
 Fine-tune a Llama on one task after another and see what it forgets.
@@ -101,6 +101,8 @@ def parse(argv: list[str], program: str = "train") -> Any:
     object.__setattr__(config, "notes", tuple(notes))
     if config.arms:
         object.__setattr__(config, "arms", _check_arms(config.arms, ", ".join(files)))
+    if config.evaluation.decoding:
+        object.__setattr__(config.evaluation, "decoding", _check_decoding(config.evaluation.decoding, Config, "evaluation.", files))
     parse_seeds(config)
     return config
 
@@ -272,6 +274,11 @@ def parse_eval(argv: list[str]) -> EvalConfig:
         raise LetheError("--quantize goes with --model; a study is scored on the base that it was trained on")
     if config.no_merge and not config.adapter:
         raise LetheError("--no_merge needs --adapter: it compares an adapter merged into the weights with the same beside them")
+    own = [name for name in (*DECODING, "decoding") if getattr(config, name) != getattr(EvalConfig, name)]
+    if own and not config.model:
+        raise LetheError(f"--{own[0]} goes with --model; how a study's outputs are decoded is part of it, see its config.yaml")
+    if config.decoding:
+        object.__setattr__(config, "decoding", _check_decoding(config.decoding, EvalConfig, "", files))
     if config.out and not config.model:
         if config.root:
             raise LetheError("--root and --out both name a study; give one of them (with --model, --out takes the results)")
@@ -297,6 +304,22 @@ def _check_arms(arms: dict[str, dict], where: str) -> dict[str, dict]:
             layer.append(([name], value, f"{where}: arms.{arm}.{key}"))
         typed = build(Config, [layer])
         checked[arm] = {k: getattr(typed if k == "max_train" else typed.training.stage2, k) for k in settings}
+    return checked
+
+
+def _check_decoding(decoding: dict[str, dict], cls: type, section: str, files: list[str]) -> dict[str, dict]:
+    """Type the settings of single tasks; section: the dotted name of where such leaves stand in cls."""
+    checked: dict[str, dict] = {}
+    for task, settings in decoding.items():
+        shown = f"{', '.join(files)}: {section}decoding.{task}"
+        if not isinstance(settings, dict):
+            raise LetheError(f"{shown} must be a mapping such as {{num_beams: 5}}")
+        for key in settings:
+            if key not in DECODING:
+                raise LetheError(f"{shown}: unknown key '{key}'{nearest(str(key), DECODING)}")
+        typed = build(cls, [[([section + key], value, f"{shown}.{key}") for key, value in settings.items()]])
+        found = typed.evaluation if section else typed
+        checked[str(task)] = {key: getattr(found, key) for key in settings}
     return checked
 
 

@@ -20,6 +20,8 @@ from study.plan import nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALIASES = {"output_dir": "out", "model": "model.name", "optimizer": "optimizer.name", "lr": "learning_rate", "rehearsal": "rehearsal.arms"}
+# Of the rehearsal's; the evaluation has them under its whole name, --evaluation.temperature.
+ALIASES |= {name: f"rehearsal.{name}" for name in ("temperature", "top_p", "repetition_penalty")}
 
 # limits: (test, words); NaN fails every one of them
 POSITIVE = (lambda v: 0 < v < inf, "above 0")
@@ -154,7 +156,7 @@ def read_tree(tree: dict, path: str | Path, cls: type) -> list[tuple[list[str], 
     """Nested dicts as [(leaves, value, "file: key")]; `model: X` and tails of names are understood as in flags."""
     table, types = flags_of(cls), leaves(cls)
     sections = {".".join(n.split(".")[:k]) for n in types for k in range(1, n.count(".") + 1)} | {"stage1", "stage2"}
-    whole = {name for name, (kind, _) in types.items() if _is_mapping(kind)}
+    whole = {shown for name, (kind, _) in types.items() if _is_mapping(kind) for shown in (name, name.rpartition(".")[2])}
     for name, value in tree.items():  # a section that is none, before what lies in it
         name = str(name).replace("-", "_")
         if isinstance(value, dict) and name not in {*sections, *whole}:
@@ -237,7 +239,7 @@ def _words(kind: Any) -> str:
         values = typing.get_args(parts[0])[1]
         named = {int: "a mapping of names to whole numbers, such as {num_hidden_layers: 4}", str: "a mapping of names to folders"}
         rates = "a mapping of optimizers to learning rates, such as {adamw: [1e-3, 3e-3]}"
-        return rates if float in typing.get_args(values) else named.get(values, "a mapping of arms to settings")
+        return rates if float in typing.get_args(values) else named.get(values, "a mapping of names to settings")
     return " or ".join(known.get(p, "a list of names") for p in parts) if parts else known[kind]
 
 
@@ -258,7 +260,7 @@ def help_text(cls: type, examples: str, titles: dict[str, str]) -> str:
     """
     lines, section, table = [examples], None, flags_of(cls)
     for name, (kind, f) in leaves(cls).items():
-        if name.startswith("training.stage2") or name == "arms":
+        if name.startswith("training.stage2") or f.metadata["help"].startswith("YAML only"):
             continue
         head, _, leaf = name.rpartition(".")
         head = head.split(".")[0]

@@ -30,7 +30,9 @@ for _stage in ("training.stage1", "training.stage2"):
     SAME[f"{_stage}.gradient_accumulation_steps"] = f"{_stage}.gradient_accumulation"
 
 UNUSED = {  # reason -> the keys without meaning here
-    "decoding is always greedy": ("evaluation.temperature", "evaluation.do_sample", "evaluation.top_p", "evaluation.top_k"),
+    "decoding is greedy; --evaluation.temperature and the flags beside it say otherwise": (
+        "evaluation.temperature", "evaluation.do_sample", "evaluation.top_p", "evaluation.top_k",
+    ),
     "every test item is scored; --max_test N limits them": ("evaluation.replay_samples",),
     "Muon has one momentum (optimizer.momentum); what it leaves to AdamW has AdamW's beta1, beta2 and eps": (
         "optimizer.muon.beta1", "optimizer.muon.beta2", "optimizer.muon.eps", "optimizer.muon.mu",
@@ -54,7 +56,7 @@ def translate(tree: dict, path: str, cls: type) -> tuple[list[tuple[list[str], A
     or, for the two switches, here.
     """
     table, layer, unused, notes = flags_of(cls), [], {}, []
-    found = dict(flatten(tree, {"arms", "comparison"}))
+    found = dict(flatten(tree, {"arms", "comparison", "evaluation.decoding"}))
 
     def put(leaf: str, value: Any, name: str) -> None:
         layer.append((table[leaf.replace(".", "_")], value, f"{path}: {name}"))

@@ -17,6 +17,9 @@ MEMORY = (
     "an amount above 0, such as 6GiB or 500MB, or a number of GiB",
 )
 OUT = "out/{model}"
+FINITE = (lambda v: -inf < v < inf, "a finite number")
+# How outputs are decoded, see model/decoding.py: leaves of the evaluation, and what `decoding` may set for a task.
+DECODING = ("num_beams", "length_penalty", "no_repeat_ngram_size", "temperature", "top_p", "top_k", "repetition_penalty")
 DEVICE = (lambda v: v in ("auto", "cpu", "cuda") or v[:5] == "cuda:" and v[5:].isdecimal(), "auto, cpu, cuda or cuda:N")
 
 
@@ -97,6 +100,14 @@ class EvaluationConfig:
     harness: str | None = opt(None, "more columns, of lm-evaluation-harness: hellaswag,arc_easy", SOME_TEXT)
     harness_path: str | None = opt(None, "folder of your own lm-evaluation-harness tasks (YAML)", SOME_TEXT)
     max_samples: int | None = opt(None, "score at most so many items of each of these columns", POSITIVE)
+    num_beams: int = opt(1, "beams of a search; 1: greedy, or drawn", POSITIVE)
+    length_penalty: float = opt(1.0, "beams: a hypothesis is worth its log-probability / length^this", FINITE)
+    no_repeat_ngram_size: int = opt(0, "never so many tokens in a row a second time; 0: as it comes", FROM_ZERO)
+    temperature: float = opt(0.0, "of drawing; 0: nothing is drawn", FROM_ZERO)
+    top_p: float = opt(1.0, "of drawing: the likeliest tokens that have this together", (lambda v: 0 < v <= 1, "above 0, at most 1"))
+    top_k: int = opt(0, "of drawing: so many likeliest tokens; 0: all", FROM_ZERO)
+    repetition_penalty: float = opt(1.0, "makes what was said less likely; 1: does not", POSITIVE)
+    decoding: dict[str, dict] | None = opt(None, "YAML only: a task's own decoding in place of these, {simp: {num_beams: 5}}")
 
 
 @dataclass(frozen=True)
@@ -226,5 +237,14 @@ class EvalConfig:
     harness: str | None = opt(None, "more columns, of lm-evaluation-harness: hellaswag,arc_easy", SOME_TEXT)
     harness_path: str | None = opt(None, "folder of your own lm-evaluation-harness tasks (YAML)", SOME_TEXT)
     max_samples: int | None = opt(None, "score at most so many items of each of these columns", POSITIVE)
+    num_beams: int = opt(1, "beams of a search; 1: greedy, or drawn", POSITIVE)
+    length_penalty: float = opt(1.0, "beams: a hypothesis is worth its log-probability / length^this", FINITE)
+    no_repeat_ngram_size: int = opt(0, "never so many tokens in a row a second time; 0: as it comes", FROM_ZERO)
+    temperature: float = opt(0.0, "of drawing; 0: nothing is drawn", FROM_ZERO)
+    top_p: float = opt(1.0, "of drawing: the likeliest tokens that have this together", (lambda v: 0 < v <= 1, "above 0, at most 1"))
+    top_k: int = opt(0, "of drawing: so many likeliest tokens; 0: all", FROM_ZERO)
+    repetition_penalty: float = opt(1.0, "makes what was said less likely; 1: does not", POSITIVE)
+    decoding: dict[str, dict] | None = opt(None, "YAML only: a task's own decoding in place of these, {simp: {num_beams: 5}}")
+    seed: int = opt(0, "of drawing", FROM_ZERO)
     no_merge: bool = opt(False, "with --adapter: score once more with the adapter beside the weights, and say what differs")
     sources: tuple = field(default=(), init=False, repr=False, compare=False)

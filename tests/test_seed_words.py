@@ -133,7 +133,7 @@ def test_only_such_files_are_read_so(tmp_path):
         assert read(tmp_path, text).study == "optimizers"
     for path in CONFIGS.glob("*.yaml"):
         assert not is_seed_style(load_yaml(path)) and parse(["--config", str(path)]).notes == ()
-    for text in ("model: {lora_rank: 4}", "evaluation: {temperature: 1}", "mixed_precision: true"):
+    for text in ("model: {lora_rank: 4}", "evaluation: {do_sample: true}", "mixed_precision: true"):
         with pytest.raises(LetheError, match="unknown key"):
             read(tmp_path, text)
 
