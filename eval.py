@@ -48,6 +48,7 @@ from study.logging import format_table, progress, say
 from study.plan import Run, cells_to_score
 from study.report import cell_file, report, trained_runs
 from study.settings import EvaluationConfig
+from study.text_scores import signature_lines
 
 MOST_TOKENS = 4096  # of a benchmark's prompt: with five solved examples a few of MMLU's are longer
 
@@ -142,10 +143,12 @@ def score_task(
     items = []
     for record, ids, output, loss in zip(records, prompts, outputs, losses, strict=True):
         text = tokenizer.decode(output).strip()
-        scores = score_answer(task.answer_kind, text, record.answer)
+        scores = score_answer(task.answer_kind, text, record.answer, record.references, record.original)
         prompt = tokenizer.decode(ids, skip_special=False)
         items.append({"prompt": prompt, "output": text, "reference": record.answer, **scores, "correct": scores["exact_match"],
                       "answer_nll": loss, "tokens": len(output), "group": record.group})  # fmt: skip
+        more = {"references": list(record.references), "original": record.original}
+        items[-1] |= {name: value for name, value in more.items() if value}
     return items
 
 
@@ -373,6 +376,8 @@ def evaluate_model(arguments: EvalConfig) -> None:
         items = score_benchmark(subject, column, batch_size=arguments.batch_size)
         keep(column.name, items, summarise_benchmark(items))
     print(format_table(rows, ["task", "metric", "value", "95 % interval", "n", "unparsed"]))
+    for line in signature_lines(results):
+        print(line)
     for name, found in unmerged.items():
         told = f"{found['outputs']} of {found['n']} outputs, {found['answers']} answers and {found['flips']} verdicts"
         print(f"unmerged   {name}: {told} differ; answer_nll by at most {found['answer_nll']:.2g}")

@@ -37,6 +37,8 @@ class Record:
     answer: str
     source: str = ""
     group: str = ""  # "held_out": a test item of a template that training never saw
+    references: tuple[str, ...] = ()  # all acceptable answers, the first equal to answer; empty: only answer
+    original: str = ""  # the text that the answer rewrites
 
 
 @dataclass

@@ -16,6 +16,7 @@ from study.plots import draw_all
 from study.results import summary_table
 from study.sequence import matrix_record, read_sequences, sequence_table
 from study.sequence_plots import draw_sequences
+from study.text_scores import signature_lines, text_cells, text_table
 
 
 def trained_runs(tree: Path) -> list[Run]:
@@ -79,6 +80,8 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
             draw_all(mine, tree / "performance_matrices_mask")
     if rows and not quiet:  # first: a folder that cannot be written to still has its table
         print("\n" + summary_table(rows, dropped), flush=True)
+        if table := text_table(text_cells(rows)):
+            print("\n" + "\n".join([table, *signature_lines(rows)]), flush=True)
     pictures = draw_all(rows, root / "performance_matrices_mask") if rows else []
     general, more = report_general(root, trees, root / "performance_matrices_mask", quiet)
     if not rows and not general:
