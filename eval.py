@@ -41,6 +41,7 @@ from model.harness import load_harness, score_suite
 from model.llama import Llama
 from model.subject import Subject, load_subject
 from model.tokenizer import Tokenizer
+from study.benchmark_groups import tasks_and_shots
 from study.config import EvalConfig, parse, parse_eval
 from study.errors import LetheError, run_command
 from study.folder import StudyFolder, newest_study, read_json, seed_folders, write_json, write_jsonl
@@ -87,7 +88,8 @@ def choose_columns(asked: EvaluationConfig | EvalConfig) -> dict[str, Benchmark]
     if asked.mmlu:
         specs.append({"mmlu": asked.mmlu, "shots": asked.shots, "by": asked.mmlu_by, "max_items": asked.max_samples})
     for name in filter(None, (word.strip() for word in (asked.harness or "").split(","))):
-        specs.append({"harness": name, "shots": asked.shots, "path": asked.harness_path, "max_items": asked.max_samples})
+        for task, shots in tasks_and_shots(name, asked.shots):
+            specs.append({"harness": task, "shots": shots, "path": asked.harness_path, "max_items": asked.max_samples})
     columns: dict[str, Benchmark] = {}
     for column in (column for spec in specs for column in find_columns(spec)):
         if column.name in columns:

@@ -57,7 +57,8 @@ def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]], low
         raise ValueError("BLEU needs one output or more, and for each a list of one reference or more")
     most = max(map(len, references))
     streams = [[own[k] if k < len(own) else None for own in references] for k in range(most)]
-    metric, single = BLEU(lowercase=lowercase), BLEU(lowercase=lowercase, effective_order=True)  # the order does not enter the counts; without it each sentence warns
+    metric = BLEU(lowercase=lowercase)
+    single = BLEU(lowercase=lowercase, effective_order=True)  # which does not enter the counts; without it every sentence warns
     whole = metric.corpus_score(list(outputs), streams)
     counts = []
     for output, own in zip(outputs, references, strict=True):

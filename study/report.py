@@ -8,6 +8,8 @@ from metrics.summary import summarise
 from study.comparison import report_comparison
 from study.errors import LetheError
 from study.folder import read_json, read_jsonl, seed_folders, write_json
+from study.forgetting import ABOUT, fg_table
+from study.forgetting import study_rows as fg_study_rows
 from study.general import draw_general, general_table, read_column
 from study.general import result_rows as general_rows
 from study.logging import RunLog
@@ -126,8 +128,13 @@ def report_general(root: Path, trees: list[Path], folder: Path, quiet: bool) -> 
         if not quiet:
             print("\n" + general_table(scored, name), flush=True)
         pictures.append(draw_general(scored, name, folder))
+    columns = list(dict.fromkeys(row["task"] for row in rows))
+    forgotten = fg_study_rows([(tree, record["identity"]["settings"]["seed"], runs) for tree, record, runs in studied], columns)
+    if forgotten and not quiet:
+        print("\n" + fg_table(forgotten), flush=True)
     if rows:
-        write_json(root / "general_results.json", {"results": rows})
+        fg = {"fg": forgotten, "about": ABOUT} if forgotten else {}
+        write_json(root / "general_results.json", {"results": rows, **fg})
     return rows, pictures
 
 
