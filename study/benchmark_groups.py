@@ -43,6 +43,8 @@ MEASURES = (
 def measure_of(column: str) -> Measure | None:
     """How a column of general ability is scored (its name may end in _5shot); None of those in no group."""
     task = re.sub(r"_\d+shot$", "", column)
+    if task.startswith("crows_pairs_"):  # other languages, and single kinds of bias
+        task = "crows_pairs_english"
     return next((one for one in MEASURES if one.task == task), None)
 
 

@@ -36,8 +36,8 @@ def test_the_published_table(model):
     for task, rows in PUBLISHED.items():
         base, *later, published = rows[model]
         found[task] = forgetting_general(base, later)  # the share of stereotypes too is taken as "higher is better" there
-        # Scores of four digits: those of mathqa are good to 0.025, of all others to 0.02.
-        assert found[task]["plain"]["mean"][0] == pytest.approx(published, abs=0.02 if task != "mathqa" else 0.025), task
+        rounded = 0.005 + 100 * 0.00005 * (1 + np.mean(later) / base) / base  # of FG's two digits, and of the scores' four
+        assert found[task]["plain"]["mean"][0] == pytest.approx(published, abs=rounded), task
         assert found[task]["plain"]["last"][0] == pytest.approx(100 * (base - later[-1]) / base)
         assert all(math.isnan(bound) for bound in found[task]["plain"]["mean"][1:])  # scores without items have no interval
     for group, published in CATEGORIES.items():
@@ -153,6 +153,7 @@ def test_mean_of_a_group():
 def test_groups():
     assert {one.group for one in MEASURES} == set(GROUPS) and len(MEASURES) == 12
     assert measure_of("mmlu_stem_5shot").group == "DK" and measure_of("piqa").task == "piqa" and measure_of("mini_mmlu") is None
+    assert measure_of("crows_pairs_french_0shot").better == 0.5
     assert tasks_and_shots("RC", None) == [("race", 0)] and tasks_and_shots("arc_easy", None) == [("arc_easy", None)]
     assert [shots for _, shots in tasks_and_shots("DK", None)] == [5] * 4 and tasks_and_shots("DK", 0)[0] == ("mmlu_stem", 0)
 
