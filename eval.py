@@ -43,6 +43,7 @@ from model.harness import load_harness, score_suite
 from model.llama import Llama
 from model.subject import Subject, load_subject
 from model.tokenizer import Tokenizer
+from study.benchmark_groups import tasks_and_shots
 from study.config import EvalConfig, parse, parse_eval
 from study.errors import LetheError, run_command
 from study.folder import StudyFolder, newest_study, read_json, seed_folders, write_json, write_jsonl
@@ -50,6 +51,7 @@ from study.logging import format_table, progress, say
 from study.plan import Run, cells_to_score, nearest
 from study.report import cell_file, report, trained_runs
 from study.settings import DECODING, EvaluationConfig
+from study.text_scores import signature_lines
 
 MOST_TOKENS = 4096  # of a benchmark's prompt: with five solved examples a few of MMLU's are longer
 
@@ -108,7 +110,8 @@ def choose_columns(asked: EvaluationConfig | EvalConfig) -> dict[str, Benchmark]
     if asked.mmlu:
         specs.append({"mmlu": asked.mmlu, "shots": asked.shots, "by": asked.mmlu_by, "max_items": asked.max_samples})
     for name in filter(None, (word.strip() for word in (asked.harness or "").split(","))):
-        specs.append({"harness": name, "shots": asked.shots, "path": asked.harness_path, "max_items": asked.max_samples})
+        for task, shots in tasks_and_shots(name, asked.shots):
+            specs.append({"harness": task, "shots": shots, "path": asked.harness_path, "max_items": asked.max_samples})
     columns: dict[str, Benchmark] = {}
     for column in (column for spec in specs for column in find_columns(spec)):
         if column.name in columns:
@@ -171,7 +174,7 @@ def score_task(
     items = []
     for record, ids, output, loss in zip(records, prompts, outputs, losses, strict=True):
         text = tokenizer.decode(output).strip()
-        scores = score_answer(task.answer_kind, text, record.answer)
+        scores = score_answer(task.answer_kind, text, record.answer, record.references, record.original)
         prompt = tokenizer.decode(ids, skip_special=False)
         items.append({"prompt": prompt, "output": text, "reference": record.answer, **scores, "correct": scores["exact_match"],
                       "answer_nll": loss, "tokens": len(output), "group": record.group})  # fmt: skip
@@ -409,6 +412,8 @@ def evaluate_model(arguments: EvalConfig) -> None:
         items = score_benchmark(subject, column, batch_size=arguments.batch_size)
         keep(column.name, items, summarise_benchmark(items))
     print(format_table(rows, ["task", "metric", "value", "95 % interval", "n", "unparsed"]))
+    for line in signature_lines(results):
+        print(line)
     for name, found in unmerged.items():
         told = f"{found['outputs']} of {found['n']} outputs, {found['answers']} answers and {found['flips']} verdicts"
         print(f"unmerged   {name}: {told} differ; answer_nll by at most {found['answer_nll']:.2g}")

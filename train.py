@@ -22,8 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from model.growth import grow
-from study.growth import report_growth
 from torch import Tensor, nn
 
 import eval as evaluation
@@ -42,6 +40,7 @@ from model.attention import Pack
 from model.checkpoint import find_model, load_config, load_model
 from model.config import training_flops
 from model.generate import Decoder
+from model.growth import grow
 from model.llama import Llama
 from model.sharding import check_optimizers, gathered, idle_pass, is_sharded, load_sharded
 from model.subject import load_subject, resolve
@@ -56,6 +55,7 @@ from study.batch_result import BatchResult
 from study.config import config_text, optimizer_arms, parse, parse_seeds
 from study.errors import LetheError, is_out_of_memory, run_command
 from study.folder import StudyFolder, expand_out, in_use, is_done, open_study, read_json, seed_folders, write_json
+from study.growth import report_growth
 from study.identity import circumstances, identity_of
 from study.logging import RunLog, memory_gib, progress, say
 from study.plan import Run, numbered, title_of

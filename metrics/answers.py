@@ -5,7 +5,9 @@ B"). What is not found is None, never a guess, and None matches nothing: the unp
 """
 
 import re
+from collections.abc import Sequence
 
+from metrics.generation import score_text
 from metrics.text import collapse, normalise, rouge_l
 
 KINDS = ("number", "letter", "short", "text")
@@ -102,18 +104,22 @@ def _flexible(kind: str, output: str, gold: str | None) -> bool:
     return bool(words) and f" {words} " in f" {normalise(output)} "
 
 
-def score_answer(kind: str, output: str, reference: str) -> dict:
+def score_answer(kind: str, output: str, reference: str, references: Sequence[str] = (), original: str = "") -> dict:
     """All scores of one output against the reference answer (a whole one, such as a worked solution).
 
     extracted, gold: the final answers or None; exact_match: they are equal and not None; flexible_match: the lenient
     column beside it; string_match: output and reference equal after white space is collapsed; rougeL in [0, 1].
+    references: every acceptable answer, of which any will do; gold is the reference's. Of kind "text" metrics.generation.score_text's
+    too, with original, the text that the answer rewrites.
     """
-    extracted, gold = extract_answer(kind, output), extract_answer(kind, reference)
+    every = tuple(references) or (reference,)
+    extracted, golds = extract_answer(kind, output), [extract_answer(kind, one) for one in every]
+    scores = score_text(output, reference, every, original) if kind == "text" else {"rougeL": max(rouge_l(output, one) for one in every)}
     return {
         "extracted": extracted,
-        "gold": gold,
-        "exact_match": extracted is not None and extracted == gold,
-        "flexible_match": _flexible(kind, output, gold),
-        "string_match": collapse(output) == collapse(reference),
-        "rougeL": rouge_l(output, reference),
+        "gold": extract_answer(kind, reference),
+        "exact_match": extracted is not None and extracted in golds,
+        "flexible_match": any(_flexible(kind, output, gold) for gold in golds),
+        "string_match": collapse(output) in map(collapse, every),
+        **scores,
     }

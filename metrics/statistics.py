@@ -118,6 +118,21 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, roun
     }
 
 
+def resampled_sums(values, seed: int = 0, rounds: int = 1000) -> numpy.ndarray:
+    """(rounds, k): the sums over items of values (items, k), each round of as many items drawn with replacement.
+
+    For scores of a whole corpus, which are no mean over items (BLEU, SARI as EASSE has it): what they are made of is summed.
+    Deterministic in `seed`.
+    """
+    values = numpy.asarray(values, dtype=numpy.float64)
+    if values.ndim != 2 or len(values) == 0:
+        raise ValueError(f"values must be (items, numbers) with at least one item, not of shape {values.shape}")
+    generator, sums, even = numpy.random.default_rng(seed), [], numpy.full(len(values), 1 / len(values))
+    for start in range(0, rounds, 100):  # in blocks, so that memory stays at 100 x n
+        sums.append(generator.multinomial(len(values), even, size=min(100, rounds - start)) @ values)
+    return numpy.concatenate(sums)
+
+
 def sign_flip(differences: Sequence[int]) -> float:
     """p of the exact sign-flip test: the share of all sign patterns whose |sum| is at least the one seen.
 

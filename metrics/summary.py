@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
+import sys
+from functools import cache
+
+import numpy as np
 
 from metrics.classification import weighted_scores
-from metrics.statistics import Z, mean_interval, wilson_interval
+from metrics.generation import corpus_bleu
+from metrics.sari import SIGNATURE, sari_counts, sari_of_counts
+from metrics.statistics import Z, mean_interval, resampled_sums, wilson_interval
 
 
 def summarise(items: list[dict]) -> list[dict]:
-    """Rows {metric, value, low, high, n, unparsed} of one cell (items as metrics.answers scores them), Wilson's for shares."""
+    """Rows {metric, value, low, high, n, unparsed} of one cell (items as metrics.answers scores them), Wilson's for shares.
+
+    Free text has rows of generation too: rouge1, rouge2, and sari, sari_easse, bleu with what they are in a field "signature".
+    """
     n, unparsed = len(items), sum(item["extracted"] is None for item in items)
     rows = []
     shares = {metric: items for metric in ("exact_match", "flexible_match", "string_match")}
@@ -23,7 +33,42 @@ def summarise(items: list[dict]) -> list[dict]:
     for metric in ("rougeL", "answer_nll"):
         value, low, high = mean_interval([item[metric] for item in items])
         rows.append({"metric": metric, "value": value, "low": low, "high": high, "n": n, "unparsed": unparsed})
+    return rows + [{**row, "unparsed": unparsed} for row in _generation([item for item in items if "rouge1" in item])]
+
+
+def _generation(items: list[dict]) -> list[dict]:
+    """Rows {metric, value, low, high, n} of free text, of the items that carry such scores: means over items, and scores of all together.
+
+    sari: the mean over sentences, by the paper; sari_easse, bleu: of the corpus, with intervals by resampling items.
+    """
+    rewritten, rows = [item for item in items if "sari" in item], []
+
+    def add(metric: str, found: tuple, n: int, signature: str = "") -> None:
+        row = {"metric": metric, **dict(zip(("value", "low", "high"), found, strict=True)), "n": n}
+        rows.append({**row, "signature": signature} if signature else row)
+
+    if items:
+        for metric in ("rouge1", "rouge2"):
+            add(metric, mean_interval([item[metric] for item in items]), len(items))
+    if rewritten:
+        add("sari", mean_interval([item["sari"] for item in rewritten]), len(rewritten), f"{SIGNATURE}paper|mean over sentences")
+        counts = sari_counts(rewritten)
+        low, high = np.quantile(sari_of_counts(resampled_sums(counts)).mean(axis=0), (0.025, 0.975))
+        value = float(sari_of_counts(counts.sum(axis=0)).mean())
+        add("sari_easse", (value, float(low), float(high)), len(rewritten), f"{SIGNATURE}easse|corpus")
+    if items and _has_sacrebleu():
+        bleu = corpus_bleu([item["output"] for item in items], [item.get("references") or (item["reference"],) for item in items])
+        add("bleu", (bleu.value, *bleu.interval()), len(items), bleu.signature)
     return rows
+
+
+@cache
+def _has_sacrebleu() -> bool:
+    """Whether there is BLEU; without it one line says so."""
+    if importlib.util.find_spec("sacrebleu"):
+        return True
+    print("BLEU       left out, for it needs sacrebleu: pip install sacrebleu", file=sys.stderr)
+    return False
 
 
 def summarise_benchmark(items: list[dict]) -> list[dict]:

@@ -8,6 +8,8 @@ from metrics.summary import summarise
 from study.comparison import report_comparison
 from study.errors import LetheError
 from study.folder import read_json, read_jsonl, seed_folders, write_json
+from study.forgetting import ABOUT, fg_table
+from study.forgetting import study_rows as fg_study_rows
 from study.general import draw_general, general_table, read_column
 from study.general import result_rows as general_rows
 from study.logging import RunLog
@@ -16,6 +18,7 @@ from study.plots import draw_all
 from study.results import summary_table
 from study.sequence import matrix_record, read_sequences, sequence_table
 from study.sequence_plots import draw_sequences
+from study.text_scores import signature_lines, text_cells, text_table
 
 
 def trained_runs(tree: Path) -> list[Run]:
@@ -79,6 +82,8 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
             draw_all(mine, tree / "performance_matrices_mask")
     if rows and not quiet:  # first: a folder that cannot be written to still has its table
         print("\n" + summary_table(rows, dropped), flush=True)
+        if table := text_table(text_cells(rows)):
+            print("\n" + "\n".join([table, *signature_lines(rows)]), flush=True)
     pictures = draw_all(rows, root / "performance_matrices_mask") if rows else []
     general, more = report_general(root, trees, root / "performance_matrices_mask", quiet)
     if not rows and not general:
@@ -123,8 +128,13 @@ def report_general(root: Path, trees: list[Path], folder: Path, quiet: bool) -> 
         if not quiet:
             print("\n" + general_table(scored, name), flush=True)
         pictures.append(draw_general(scored, name, folder))
+    columns = list(dict.fromkeys(row["task"] for row in rows))
+    forgotten = fg_study_rows([(tree, record["identity"]["settings"]["seed"], runs) for tree, record, runs in studied], columns)
+    if forgotten and not quiet:
+        print("\n" + fg_table(forgotten), flush=True)
     if rows:
-        write_json(root / "general_results.json", {"results": rows})
+        fg = {"fg": forgotten, "about": ABOUT} if forgotten else {}
+        write_json(root / "general_results.json", {"results": rows, **fg})
     return rows, pictures
 
 

@@ -23,6 +23,11 @@ WORDS = {
     "flexible_match": "Flexible match",
     "string_match": "String match",
     "answer_nll": "Answer NLL",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "sari": "SARI",
+    "sari_easse": "SARI EASSE",
+    "bleu": "BLEU",
 }
 
 
