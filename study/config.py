@@ -221,7 +221,7 @@ def _refuse_conflicts(config: Config) -> None:
          "without it the same command continues each from its newest"),
         (resumed and config.skip_training, f"{shown} trains and --skip_training does not; give one of them"),
         (config.resume_stage2 and config.stage == 1, "--resume_stage2 goes on with stage 2, and --stage 1 ends before it; leave out one"),
-        (config.rehearsal.arms and config.study != "sequences", "--rehearsal names arms of a sequence; give its tasks: --sequence a,b,c"),
+        (config.rehearsal.arms and config.study not in ("sequences", "growth"), "--rehearsal names arms of a sequence; give its tasks: --sequence a,b,c"),
         (config.chunk and not config.datasets_folder, "--chunk chooses among the sub-folders of --datasets_folder; give that too"),
         (config.strict and config.salvage, "--strict makes a cut file an error, --salvage takes its rows before the cut; give one of them"),
         (config.inspect and config.skip_training, "--inspect and --skip_training: give one of them"),
