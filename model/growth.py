@@ -335,15 +335,18 @@ def made_whole(making: Path, out: Path) -> Iterator[None]:
 
 
 def sweep(out: Path) -> None:
-    """Removes what growths to `out` left behind that were killed."""
+    """Removes what growths to `out` left behind that were killed, as their process numbers tell."""
     for folder in out.parent.glob(f".{out.name}.*.growing"):
         pid = folder.name.split(".")[-2]
+        if os.name != "posix" or not pid.isdecimal():  # elsewhere signal 0 is no question
+            continue
         try:
             os.kill(int(pid), 0)
-        except ProcessLookupError:
+            alive = int(pid) != os.getpid()
+        except OSError as error:
+            alive = not isinstance(error, ProcessLookupError)
+        if not alive:
             shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, OSError):
-            pass
 
 
 def write_weights(folder: Path, work: list[Recipe], most: int, total: int) -> None:
