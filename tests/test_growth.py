@@ -444,6 +444,7 @@ def test_a_killed_growth_is_no_model_and_is_swept_away(tmp_path):
         load_model(left)
     alive = tmp_path / ".out.1.growing"  # the folder of a process that lives
     alive.mkdir()
+    (tmp_path / f".out.{os.getpid()}.growing").mkdir()  # of a process that had this one's number
     grow(source, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "out", "source"]
 
