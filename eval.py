@@ -49,7 +49,7 @@ from study.errors import LetheError, run_command
 from study.folder import StudyFolder, newest_study, read_json, seed_folders, write_json, write_jsonl
 from study.logging import format_table, progress, say
 from study.plan import Run, cells_to_score, nearest
-from study.report import cell_file, report, trained_runs
+from study.report import cell_file, report, report_growth, trained_runs
 from study.settings import DECODING, EvaluationConfig
 from study.text_scores import signature_lines
 
@@ -326,6 +326,15 @@ def measure(bench: Bench, run: Run) -> None:
 
 def evaluate_study(arguments: EvalConfig) -> None:
     root = Path(arguments.root) if arguments.root else newest_study("out")
+    if not (root / "growth.json").is_file():
+        return evaluate_one(arguments, root)
+    for name in read_json(root / "growth.json")["models"]:
+        evaluate_one(arguments, root / name)
+    report_growth(root)
+
+
+def evaluate_one(arguments: EvalConfig, root: Path) -> None:
+    """A study of one model."""
     trees = seed_folders(root)
     if not (trees[0] / "study.json").is_file():
         raise LetheError(f"{root} is no study folder (it has no study.json); give --root, or train one with python train.py")

@@ -55,12 +55,11 @@ from study.batch_result import BatchResult
 from study.config import config_text, optimizer_arms, parse, parse_seeds
 from study.errors import LetheError, is_out_of_memory, run_command
 from study.folder import StudyFolder, expand_out, in_use, is_done, open_study, read_json, seed_folders, write_json
-from study.growth import report_growth
 from study.identity import circumstances, identity_of
 from study.logging import RunLog, memory_gib, progress, say
 from study.plan import Run, numbered, title_of
 from study.queue import Job, Workers, gather
-from study.report import in_reading_order, is_reported, report, report_general, trained_runs
+from study.report import in_reading_order, is_reported, report, report_general, report_growth, trained_runs
 from study.settings import Config, PretrainingConfig, StageConfig
 from study.signals import Interrupted, stop_on_signal
 

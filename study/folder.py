@@ -283,7 +283,8 @@ def newest_study(root: str | Path = "out") -> Path:
     if not found:
         raise LetheError(f"no study under {root}/; train one first (python train.py) or name one with --root")
     newest = max(found, key=lambda p: p.stat().st_mtime_ns).parent
-    return newest.parent if re.fullmatch(r"seed\d+", newest.name) and newest != root else newest
+    newest = newest.parent if re.fullmatch(r"seed\d+", newest.name) and newest != root else newest
+    return newest.parent if (newest.parent / "growth.json").is_file() else newest  # of several models
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:

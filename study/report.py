@@ -12,6 +12,8 @@ from study.forgetting import ABOUT, fg_table
 from study.forgetting import study_rows as fg_study_rows
 from study.general import draw_general, general_table, read_column
 from study.general import result_rows as general_rows
+from study.growth import report_models
+from study.growth_plots import draw_growth
 from study.logging import RunLog
 from study.plan import Run, in_order
 from study.plots import draw_all
@@ -136,6 +138,14 @@ def report_general(root: Path, trees: list[Path], folder: Path, quiet: bool) -> 
         fg = {"fg": forgotten, "about": ABOUT} if forgotten else {}
         write_json(root / "general_results.json", {"results": rows, **fg})
     return rows, pictures
+
+
+def report_growth(root: Path) -> None:
+    """Tables, growth_results.json and one page of pictures of a study of several models."""
+    curves, models = report_models(root, trained_runs)
+    picture = draw_growth(curves, models, root)
+    log_pictures(root, [picture])
+    print(f"\nresults    {root / 'growth_results.json'}\npictures   {picture}")
 
 
 def log_pictures(root: Path, pictures: list[Path]) -> None:
