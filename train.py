@@ -60,7 +60,7 @@ from study.logging import RunLog, memory_gib, progress, say
 from study.plan import Run, numbered, title_of
 from study.queue import Job, Workers, gather
 from study.report import in_reading_order, is_reported, report, report_general, report_growth, trained_runs
-from study.settings import Config, PretrainingConfig, StageConfig
+from study.settings import Config, GrowthConfig, PretrainingConfig, StageConfig
 from study.signals import Interrupted, stop_on_signal
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,7 +527,8 @@ def run_growth(config: Config, argv: list[str]) -> None:
     for name, folder in models.items():
         if main:
             print(f"\n{name:10s} {folder}")
-        fine_tuning = replace(config, study="sequences", model=replace(config.model, name=str(folder)), out=str(root / name))
+        fine_tuning = replace(config, study="sequences", model=replace(config.model, name=str(folder)), out=str(root / name),
+                              pretraining=PretrainingConfig(), growth=GrowthConfig())  # fmt: skip
         object.__setattr__(fine_tuning, "sources", config.sources)
         run_study(fine_tuning, argv, (ranks, workers))
     ranks.stop()
