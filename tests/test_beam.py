@@ -78,22 +78,21 @@ def nano():
 @pytest.mark.parametrize("settings", GROWTH, ids=short)
 def test_the_built_in_model_on_50_prompts(nano, settings):
     ours, theirs, prompts, stops = nano
-    expected = peer_beams(theirs, prompts, 10, stops, stops[0], **settings)
-    assert len({len(ids) for ids in expected}) > 3
-    assert beam_search(ours, prompts, 10, stops, **settings) == expected
+    expected = peer_beams(theirs, prompts, 8, stops, stops[0], **settings)
+    assert beam_search(ours, prompts, 8, stops, **settings) == expected
     longer = beam_search(ours, prompts, 24, stops, **settings)
     assert longer == peer_beams(theirs, prompts, 24, stops, stops[0], batch=25, **settings) != expected
+    assert len({len(ids) for ids in longer}) > 5
 
 
 @pytest.mark.parametrize("settings", [GROWTH[2], OTHERS[0]], ids=short)
-@pytest.mark.parametrize("poll", [1, 7])
-def test_batch_size_order_and_rare_looks_change_nothing(toy, monkeypatch, settings, poll):
+def test_batch_size_order_and_rare_looks_change_nothing(toy, monkeypatch, settings):
     ours, _, prompts = toy
     stops = [3, 9, 27, VOCABULARY - 1]
     expected = beam_search(ours, prompts, 20, stops, **settings)
     assert len({len(ids) for ids in expected}) > 8
-    monkeypatch.setitem(beams.POLL, "cpu", poll)
-    for batch in (1, 9, 37, 400):
+    for batch, poll in ((9, 1), (1, 7), (37, 7), (400, 7)):
+        monkeypatch.setitem(beams.POLL, "cpu", poll)
         assert beam_search(ours, prompts, 20, stops, batch_size=batch, **settings) == expected
     monkeypatch.setitem(beams.PREFILL_TOKENS, "cpu", 30)
     assert beam_search(ours, prompts[::-1], 20, stops, batch_size=24, **settings)[::-1] == expected
