@@ -61,8 +61,6 @@ def beam_search(
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping is True, False or 'never', not {early_stopping!r}")
     stop_ids = sorted(set(stop_ids))
-    if (wanted := max(2, 1 + len(stop_ids)) * num_beams) > num_beams * model.config.vocab_size:
-        raise ValueError(f"{num_beams} beams and {len(stop_ids)} stop ids need {wanted} candidates, more than there are")
     if max_new_tokens < 1:
         return [[] for _ in prompts]
     outputs: list[list[int] | None] = [None] * len(prompts)
@@ -184,7 +182,7 @@ class Search:
             if self.ngram:
                 log_probs = log_probs.masked_fill(repeats(past, lengths, self.ngram, V), -torch.inf)
         totals = (log_probs.view(-1, N, V) + self.scores[rows][:, :, None]).flatten(1)
-        top, place = totals.topk(max(2, 1 + len(self.stop_ids)) * N)  # (g, K), the best first
+        top, place = totals.topk(N * min(V, max(2, 1 + len(self.stop_ids))))  # (g, K), the best first
         parents, tokens = place // V, place % V
         hits = (tokens[..., None] == self.stops).any(-1) | (counts >= self.limit)[:, None]
         scores, chosen = (top + hits * NEVER).topk(N)  # (g, N): they run on

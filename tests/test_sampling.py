@@ -7,12 +7,19 @@ import pytest
 import torch
 from scipy import stats
 from test_generate import graphs, model, ragged  # noqa: F401  fixtures
-from tiny import VOCABULARY
-from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from tiny import VOCABULARY, write_folder
+from transformers import (
+    LlamaForCausalLM,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from model import load_tokenizer
+from model import load_model, load_tokenizer
 from model.generate import Decoder, generate
-from model.sampling import Draw, draw_token, nucleus, penalised, sample
+from model.sampling import Draw, draw_token, held, likeliest, nucleus, penalised, repeats, sample
 
 generation = sys.modules["model.generate"]  # model.generate is the function
 WARM = {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.2}
@@ -36,6 +43,68 @@ def test_the_filters_are_those_of_transformers(spread, top_p):
     ours = kept if tokens is None else torch.zeros_like(logits).scatter_(1, tokens, kept)
     assert torch.equal(ours > 0, expected > 0)
     torch.testing.assert_close(ours / ours.sum(1, keepdim=True), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.8), (1, 1.0), (7, 1.0), (40, 0.6), (500, 0.9)])
+def test_all_filters_in_their_order(ngram, top_k, top_p):
+    """On ragged histories of few different tokens, so that many n-grams come again; with equal logits at the edge of top-k."""
+    logits = (random_logits(60) * 2).round() / 2
+    g = torch.Generator().manual_seed(ngram)
+    history, lengths = torch.randint(0, 5, (60, 30), generator=g), torch.randint(1, 31, (60,), generator=g)
+    scores = penalised(logits, held(history, lengths, VOCABULARY), 1.2)
+    banned = repeats(history, lengths, ngram, VOCABULARY)
+    kept, tokens = nucleus(likeliest(scores.masked_fill(banned, -torch.inf) / 0.7, top_k), top_p)
+    ours = kept if tokens is None else torch.zeros_like(logits).scatter_(1, tokens, kept)
+    assert banned.any(1).sum() > 20
+    for row, length in enumerate(lengths.tolist()):
+        ids = history[row : row + 1, :length]
+        expected = NoRepeatNGramLogitsProcessor(ngram)(ids, RepetitionPenaltyLogitsProcessor(1.2)(ids, logits[row : row + 1].clone()))
+        assert torch.equal(scores[row : row + 1].masked_fill(banned[row : row + 1], -torch.inf), expected)
+        expected = TemperatureLogitsWarper(0.7)(None, expected)
+        expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+        if top_p == 1:
+            expected = expected.softmax(-1)[0]
+            assert torch.equal(ours[row] > 0, expected > 0)
+            torch.testing.assert_close(ours[row] / ours[row].sum(), expected, rtol=1e-5, atol=1e-7)
+            continue
+        # Of equal logits at top-p's edge either side may keep others, as sorting has it: as many, of the same probabilities.
+        expected = TopPLogitsWarper(top_p)(None, expected).softmax(-1)[0].sort(descending=True)[0]
+        found = (ours[row] / ours[row].sum()).sort(descending=True)[0]
+        assert int((found > 0).sum()) == int((expected > 0).sum())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 3, "repetition_penalty": 1.2},
+                                      {"repetition_penalty": 1.3}])  # fmt: skip
+def test_greedy_with_processors_is_that_of_transformers(tmp_path, settings):
+    folder = write_folder(tmp_path)
+    ours, theirs, prompts = load_model(folder), LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ragged(16)
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=None,
+                                  pad_token_id=0, **settings)  # fmt: skip
+        expected.append(out[0, len(prompt) :].tolist())
+    assert expected != generate(ours, prompts, 24, [])
+    for batch in (1, 5, 64):
+        assert sample(ours, prompts, 24, [], temperature=0, seeds=[0] * 16, batch_size=batch, **settings) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_n_gram_is_drawn_twice(model, size):  # noqa: F811
+    prompts = ragged(12)
+    outputs = sample(model, prompts, 30, [], temperature=0.7, top_k=12, no_repeat_ngram_size=size, seeds=range(12), batch_size=5)
+    free = sample(model, prompts, 30, [], temperature=0.7, top_k=12, seeds=range(12))
+
+    def repeated(prompt, ids):
+        whole = prompt + ids
+        grams = [tuple(whole[i : i + size]) for i in range(len(whole) - size + 1)]
+        return any(gram in grams[:i] for i, gram in enumerate(grams) if i + size > len(prompt))
+
+    assert not any(repeated(*pair) for pair in zip(prompts, outputs, strict=True))
+    assert any(repeated(*pair) for pair in zip(prompts, free, strict=True))
 
 
 def test_draws_are_the_inverse_of_the_distribution_function():
@@ -96,7 +165,8 @@ def test_tokens_are_those_of_the_whole_model(model, settings):  # noqa: F811
         assert ids[len(prompt) :] == ours
 
 
-@pytest.mark.parametrize("settings", [WARM, {"temperature": 0.9}, {"temperature": 0, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize("settings", [WARM, {"temperature": 0.9}, {"temperature": 0, "repetition_penalty": 1.3},
+                                      {**WARM, "top_k": 20, "no_repeat_ngram_size": 2}])  # fmt: skip
 def test_a_sequence_depends_on_its_seed_alone(model, settings):  # noqa: F811
     prompts, seeds = ragged(20), [100 + i for i in range(20)]
     alone = [sample(model, [p], 24, [], seeds=[s], **settings)[0] for p, s in zip(prompts, seeds, strict=True)]
@@ -208,7 +278,8 @@ def test_bad_settings(model):  # noqa: F811
     prompts = ragged(2)
     for words, settings in {
         "2 prompts, and 1 seeds": {"seeds": [1]}, "temperature": {"temperature": -1.0}, "top_p": {"top_p": 0.0},
-        "in .0, 1.": {"top_p": 1.1}, "repetition_penalty": {"repetition_penalty": 0.0}, "need a tokenizer": {"stop_texts": ["a"]},
+        "in .0, 1.": {"top_p": 1.1}, "repetition_penalty": {"repetition_penalty": 0.0}, "top_k and": {"top_k": -1},
+        "are at least 0": {"no_repeat_ngram_size": -2}, "need a tokenizer": {"stop_texts": ["a"]},
         "not empty": {"stop_texts": [""], "tokenizer": Chars()},
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
