@@ -128,6 +128,7 @@ def test_rows_of_a_cell():
     lines = signature_lines(rows.values())
     assert lines[0] == "SARI       case:lc|tok:13a|orders:1-4|variant:paper|mean over sentences"
     assert lines[2].startswith("BLEU       nrefs:2|")
+    assert [row["metric"] for row in summarise(cell, corpus=False)] == list(rows)[:-2]
     for item in cell:
         del item["sari"], item["original"]
     assert "sari" not in {row["metric"] for row in summarise(cell)} and "bleu" in {row["metric"] for row in summarise(cell)}
