@@ -55,16 +55,21 @@ def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]], low
         raise ImportError("BLEU needs sacrebleu: pip install sacrebleu") from None
     if not outputs or len(outputs) != len(references) or any(isinstance(own, str) or not own for own in references):
         raise ValueError("BLEU needs one output or more, and for each a list of one reference or more")
-    most = max(map(len, references))
-    streams = [[own[k] if k < len(own) else None for own in references] for k in range(most)]
-    metric = BLEU(lowercase=lowercase)
     single = BLEU(lowercase=lowercase, effective_order=True)  # which does not enter the counts; without it every sentence warns
-    whole = metric.corpus_score(list(outputs), streams)
     counts = []
     for output, own in zip(outputs, references, strict=True):
         one = single.sentence_score(output, list(own))
         counts.append([one.sys_len, one.ref_len, *one.counts, *one.totals])
-    return Bleu(whole.score / 100, str(metric.get_signature()), np.array(counts, dtype=np.float64))
+    sums = np.sum(counts, axis=0).tolist()
+    whole = BLEU.compute_bleu(sums[2:6], sums[6:10], sums[0], sums[1], smooth_method="exp")
+    return Bleu(whole.score / 100, _signature(references, BLEU(lowercase=lowercase)), np.array(counts, dtype=np.float64))
+
+
+def _signature(references: Sequence[Sequence[str]], metric) -> str:
+    """What sacrebleu says of such a corpus. It knows how many references there are once it has seen some: those with fewest and most."""
+    few, many = min(references, key=len), max(references, key=len)
+    metric.corpus_score(["", ""], [[few[k] if k < len(few) else None, text] for k, text in enumerate(many)])
+    return str(metric.get_signature())
 
 
 def bleu_of_counts(sums: np.ndarray) -> np.ndarray:

@@ -16,10 +16,11 @@ from metrics.sari import SIGNATURE, sari_counts, sari_of_counts
 from metrics.statistics import Z, mean_interval, resampled_sums, wilson_interval
 
 
-def summarise(items: list[dict]) -> list[dict]:
+def summarise(items: list[dict], corpus: bool = True) -> list[dict]:
     """Rows {metric, value, low, high, n, unparsed} of one cell (items as metrics.answers scores them), Wilson's for shares.
 
-    Free text has rows of generation too: rouge1, rouge2, and sari, sari_easse, bleu with what they are in a field "signature".
+    Free text has rows of generation too: rouge1, rouge2, and sari, sari_easse, bleu with what they are in a field "signature"; the
+    last two, of the corpus, take about a second for three thousand references. corpus: False leaves them out.
     """
     n, unparsed = len(items), sum(item["extracted"] is None for item in items)
     rows = []
@@ -33,10 +34,10 @@ def summarise(items: list[dict]) -> list[dict]:
     for metric in ("rougeL", "answer_nll"):
         value, low, high = mean_interval([item[metric] for item in items])
         rows.append({"metric": metric, "value": value, "low": low, "high": high, "n": n, "unparsed": unparsed})
-    return rows + [{**row, "unparsed": unparsed} for row in _generation([item for item in items if "rouge1" in item])]
+    return rows + [{**row, "unparsed": unparsed} for row in _generation([item for item in items if "rouge1" in item], corpus)]
 
 
-def _generation(items: list[dict]) -> list[dict]:
+def _generation(items: list[dict], corpus: bool) -> list[dict]:
     """Rows {metric, value, low, high, n} of free text, of the items that carry such scores: means over items, and scores of all together.
 
     sari: the mean over sentences, by the paper; sari_easse, bleu: of the corpus, with intervals by resampling items.
@@ -52,11 +53,12 @@ def _generation(items: list[dict]) -> list[dict]:
             add(metric, mean_interval([item[metric] for item in items]), len(items))
     if rewritten:
         add("sari", mean_interval([item["sari"] for item in rewritten]), len(rewritten), f"{SIGNATURE}paper|mean over sentences")
+    if rewritten and corpus:
         counts = sari_counts(rewritten)
         low, high = np.quantile(sari_of_counts(resampled_sums(counts)).mean(axis=0), (0.025, 0.975))
         value = float(sari_of_counts(counts.sum(axis=0)).mean())
         add("sari_easse", (value, float(low), float(high)), len(rewritten), f"{SIGNATURE}easse|corpus")
-    if items and _has_sacrebleu():
+    if items and corpus and _has_sacrebleu():
         bleu = corpus_bleu([item["output"] for item in items], [item.get("references") or (item["reference"],) for item in items])
         add("bleu", (bleu.value, *bleu.interval()), len(items), bleu.signature)
     return rows

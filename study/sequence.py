@@ -194,7 +194,7 @@ def _cell(file: Path, kind: str) -> tuple[float, float] | None:
     items = read_jsonl(file)
     if not items:
         return None
-    row = headline(summarise(items), kind)
+    row = headline(summarise(items, corpus=False), kind)
     return row["value"], max(row["high"] - row["value"], row["value"] - row["low"])
 
 

@@ -49,15 +49,16 @@ def text_cells(rows: list[dict]) -> list[tuple[str, str, list[dict]]]:
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
         stage, task = stage_of(row), row["task"]
+        second = stage == 2 and task != row["first"]
         if stage == 2:
-            state = f"{arm_label(row['arm'])}, {'first kept' if task == row['first'] else 'second learned'}"
+            state = f"{arm_label(row['arm'])}, {'second learned' if second else 'first kept'}"
         elif stage == 1 and task != row["first"]:
             continue
         else:
             state = "after stage 1" if stage else "base"
-        cells.setdefault((task, stage, state, row.get("run"), row.get("seed")), []).append(row)
-    order = {task: number for number, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
-    return [(key[0], key[2], own) for key, own in sorted(cells.items(), key=lambda cell: (order[cell[0][0]], cell[0][1]))]
+        cells.setdefault((task, stage, second, state, row.get("run"), row.get("seed")), []).append(row)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    return [(key[0], key[3], own) for key, own in sorted(cells.items(), key=lambda cell: (tasks.index(cell[0][0]), *cell[0][1:3]))]
 
 
 def signature_lines(rows: Iterable[dict]) -> list[str]:

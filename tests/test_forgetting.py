@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 
+import eval as evaluation
 from metrics.forgetting import forgetting_general, mean_forgetting
 from metrics.statistics import wilson_interval
 from study.benchmark_groups import GROUPS, MEASURES, measure_of, tasks_and_shots
-from study.folder import write_jsonl
+from study.config import parse_eval
+from study.folder import read_json, write_json, write_jsonl
 from study.forgetting import chance_of, fg_rows, fg_table, scores_of, study_rows
 from study.plan import Run
+from study.report import report_general
 
 # Seed 002: scores of M0, M1, M2, M3 and FG, of the model from scratch and of the stacked one.
 PUBLISHED = {
@@ -158,6 +161,17 @@ def test_groups():
     assert [shots for _, shots in tasks_and_shots("DK", None)] == [5] * 4 and tasks_and_shots("DK", 0)[0] == ("mmlu_stem", 0)
 
 
+def test_a_group_of_the_harness_asks_for_its_tasks(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "find_columns", lambda spec: asked.append(spec) or [])
+    evaluation.choose_columns(parse_eval(["--model", "nano", "--harness", "DK,arc_easy,Bias", "--max_samples", "9"]))
+    assert [(spec["harness"], spec["shots"]) for spec in asked] == [
+        ("mmlu_stem", 5), ("mmlu_humanities", 5), ("mmlu_social_sciences", 5), ("mmlu_other", 5), ("arc_easy", None),
+        ("crows_pairs_english", 0),
+    ]  # fmt: skip
+    assert {spec["max_items"] for spec in asked} == {9}
+
+
 def test_what_an_item_scores():
     crows = {"correct": 3.2, "metrics": {"likelihood_diff": 3.2, "pct_stereotype": 1.0}}
     assert scores_of([crows], "crows_pairs_english_0shot").tolist() == [1.0] and scores_of([crows], "other").tolist() == [3.2]
@@ -207,7 +221,7 @@ def test_rows_and_table_of_items():
     assert "stage 1" not in long[1] and "last" in long[1] and max(map(len, long)) < 140
 
 
-def test_sequences_of_a_study(tmp_path):
+def test_sequences_of_a_study(tmp_path, capsys):
     """Two seeds of a sequence with three stages, of which one arm trains all at once; FG as of the items."""
     generator, trees, stored = np.random.default_rng(4), [], []
     for seed in (1, 2):
@@ -228,6 +242,14 @@ def test_sequences_of_a_study(tmp_path):
     assert [{name: row[name] for name in row if name not in ("arm", "order")} for row in rows] == fg_rows({"mini_mmlu": stored})
     assert rows[0]["seeds"] == 2 and rows[0]["chance"] == 0.5
     assert "none, a > b > c" in fg_table(rows)
+    for tree, seed, runs in trees:
+        settings = {"identity": {"settings": {"seed": seed}}, "columns": {"mini_mmlu": {}}}
+        write_json(tree / "study.json", settings)
+        for run in runs:
+            write_json(tree / run.folder / "run.json", {"status": "done", "run": vars(run)})
+    report_general(tmp_path, [tree for tree, _, _ in trees], tmp_path / "pictures", quiet=False)
+    record = read_json(tmp_path / "general_results.json")
+    assert record["fg"] == rows and set(record) == {"results", "fg", "about"} and fg_table(rows) in capsys.readouterr().out
     (trees[0][0] / trees[0][2][2].folder / "eval" / "mini_mmlu.jsonl").unlink()  # a seed that is not scored to its end
     assert study_rows(trees, ["mini_mmlu"])[0]["seeds"] == 1
     assert study_rows([(tree, seed, runs[:1]) for tree, seed, runs in trees], ["mini_mmlu"]) == []

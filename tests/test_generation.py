@@ -11,12 +11,16 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 import metrics.summary
+from data.folder import Task
+from data.records import Record
+from eval import score_task
 from metrics.answers import score_answer
 from metrics.generation import bert_score, bleu_of_counts, corpus_bleu, score_text
 from metrics.sari import corpus_sari, sari
 from metrics.statistics import resampled_sums
 from metrics.summary import summarise
 from metrics.text import rouge
+from model.subject import load_subject
 from study.results import summary_table
 from study.text_scores import signature_lines, text_cells, text_table
 
@@ -124,6 +128,7 @@ def test_rows_of_a_cell():
     lines = signature_lines(rows.values())
     assert lines[0] == "SARI       case:lc|tok:13a|orders:1-4|variant:paper|mean over sentences"
     assert lines[2].startswith("BLEU       nrefs:2|")
+    assert [row["metric"] for row in summarise(cell, corpus=False)] == list(rows)[:-2]
     for item in cell:
         del item["sari"], item["original"]
     assert "sari" not in {row["metric"] for row in summarise(cell)} and "bleu" in {row["metric"] for row in summarise(cell)}
@@ -188,6 +193,22 @@ def test_tables_stay_readable():
     assert "ROUGE" not in summary_table(rows) and text_table(text_cells([row for row in rows if row["metric"] == "exact_match"])) == ""
     once = text_table([("a", "x", summarise(items(random.Random(seed), 12))) for seed in (0, 1)]).splitlines()
     assert len(once) == 4  # two seeds of a state are one row
+
+
+def test_a_task_with_references_is_scored_by_all_of_them(tiny):
+    subject = load_subject(tiny, "cpu", "float32")
+    both = ("short", "brief")
+    records = [Record((("user", f"Simplify: {text}"),), "short", references=both, original=text) for text in ("a b", "c d")]
+    records.append(Record((("user", "Say it."),), "it"))
+    task = Task("simple", "text", 6, lambda report=None: iter(()), records, "0" * 64, "simple")
+    found = score_task(subject.model, subject.tokenizer, task, quiet=True)
+    for item, record in zip(found, records, strict=True):
+        expected = score_answer("text", item["output"], record.answer, record.references, record.original)
+        assert {name: item[name] for name in expected} == expected
+    assert [sorted({"references", "original", "sari"} & set(item)) for item in found] == [["original", "references", "sari"]] * 2 + [[]]
+    assert found[0]["references"] == ["short", "brief"] and found[0]["original"] == "a b"
+    rows = {row["metric"]: row for row in summarise(found)}
+    assert (rows["sari"]["n"], rows["bleu"]["n"]) == (2, 3) and "nrefs:var" in rows["bleu"]["signature"]
 
 
 def test_asset(real_data):
