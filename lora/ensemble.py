@@ -79,6 +79,7 @@ def _difference(first: dict, other: dict) -> str:
         name = min(set(first) ^ set(other))
         return f"only {'the second' if name in first else 'the first'} adapts {name}"
     name = next(name for name in first if first[name] != other[name])
-    return f"{name} has rank {other[name][0]} and scale {other[name][1]:g} in the first, {first[name][0]} and {first[name][1]:g} in the second"
+    told = " and ".join(f"rank {rank} with scale {scale:g}" for rank, scale in (other[name], first[name]))
+    return f"{name} has {told}"
 
 

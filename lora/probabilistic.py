@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from model.llama import Llama
 from model.tokenizer import Tokenizer
 from study.errors import LetheError
 from study.folder import read_json, write_json
+from study.logging import say
+from study.plan import Run, cells_to_score
+from study.reliability import cell_rows
 
 FOLDER = "probabilistic"  # of a study: what was predicted, results and pictures
 
@@ -44,6 +48,7 @@ class Column:
     questions: list[Question]
     gold: list[int]
     left_out: int = 0
+    general: bool = False  # of general ability: every run is scored on it
 
 
 def columns_of(
@@ -58,7 +63,7 @@ def columns_of(
     for column in benchmarks:
         if column.items and column.spec.get("by") != "generate":
             questions, _ = as_questions(column.items, tokenizer, max_length)
-            found[column.name] = Column(column.name, questions, [item.gold for item in column.items])
+            found[column.name] = Column(column.name, questions, [item.gold for item in column.items], general=True)
     return found
 
 
@@ -107,10 +112,10 @@ def predict_samples(
 def predictions(
     model: Llama, root: Path, run: str | None, folders: Sequence[Path], seeds: Sequence[int], columns: Sequence[Column],
     samples: int, dropout: float | None,
-) -> tuple[dict[str, dict], bool]:  # fmt: skip
+) -> dict[str, dict]:  # fmt: skip
     """What one run of every seed predicts, {column: {"gold", "members" (K, n, k), "samples" (K, S, n, k) or None}}; run None: the base.
 
-    Kept in {root}/probabilistic/{run}/, and read from there where nothing has changed: then the second value is True.
+    Kept in {root}/probabilistic/{run}/, and read from there where nothing has changed.
     """
     files = {column.name: root / FOLDER / (run or "base") / f"{column.name}.json" for column in columns}
     adapters = [state_fingerprint(folder) for folder in folders]
@@ -141,7 +146,7 @@ def predictions(
             plain = {key: None if value is None else np.round(value, 9).tolist() for key, value in made.items()}
             write_json(files[column.name], {"settings": mine, **plain}, indent=None)
             found[column.name] = made
-    return {column.name: found[column.name] for column in columns}, not todo
+    return {column.name: found[column.name] for column in columns}
 
 
 def arms_of(found: dict) -> dict[str, np.ndarray]:
@@ -152,3 +157,34 @@ def arms_of(found: dict) -> dict[str, np.ndarray]:
     if found["samples"] is not None:
         arms["mc_dropout"] = found["samples"].mean(1)
     return arms
+
+
+def score_probabilistic(
+    model: Llama, root: Path, trees: Sequence[Path], seeds: Sequence[int], runs: Sequence[Run], columns: dict[str, Column],
+    samples: int, dropout: float | None = None,
+) -> list[dict]:  # fmt: skip
+    """Scores the base, and every run under each arm, on the columns (tasks as a study scores them, general columns always).
+
+    runs: those that the trees of all seeds have. Returns study.reliability's rows; prints a line a run.
+    """
+    if not columns:
+        raise LetheError(f"{root}: none of its tasks lists options to choose from, and --probabilistic scores these; add --mmlu mini_mmlu")
+    if not runs:
+        raise LetheError(f"{root}: no run is trained under all of its seeds ({', '.join(map(str, seeds))}); run the same train.py again")
+    for folder in (tree / run.folder for run in runs for tree in trees):
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise LetheError(f"{folder} holds no adapter: --probabilistic compares LoRA adapters, and this study trained all weights")
+    for column in columns.values():
+        if column.left_out:
+            say(f"{column.name}: {column.left_out} items list no options, or not their answer among them; they are left out")
+    rows, cells = [], cells_to_score(list(runs), [name for name, column in columns.items() if not column.general])
+    for number, run in enumerate((None, *runs)):
+        began, folder = time.perf_counter(), run.folder if run else None
+        wanted = [column for name, column in columns.items() if column.general or (run, name) in cells]
+        found = predictions(model, root, folder, [tree / folder for tree in trees] if run else [], seeds, wanted, samples, dropout)
+        for name, one in found.items():
+            spread = {"ensemble": one["members"][None]} | ({} if one["samples"] is None else {"mc_dropout": one["samples"]})
+            rows += cell_rows(run, name, arms_of(one), spread, one["gold"])
+        told = "  ".join(f"{column.name} ({len(column.gold)})" for column in wanted)
+        print(f"{number:3d}/{len(runs)} {folder or 'base':36s} {told}  {time.perf_counter() - began:6.1f} s", flush=True)
+    return rows

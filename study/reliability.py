@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from metrics.calibration import METRICS, calibration, calibration_change, uncertainty
+from study.folder import write_json
 from study.logging import format_table
 from study.plan import Run, title_of
 from study.plots import COLOURS, _clean, _save
@@ -16,13 +17,17 @@ from study.plots import COLOURS, _clean, _save
 ARMS = ("deterministic", "ensemble", "mc_dropout")
 COLOUR = dict(zip(ARMS, (COLOURS[7], COLOURS[0], COLOURS[1]), strict=True))
 MARK = dict(zip(ARMS, "osD", strict=True))
+WORDS = dict(zip(ARMS, ("single adapters (mean of their scores)", "ensemble of the adapters", "LoRA dropout left on"), strict=True))
+BOX = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
 
 
-def cell_rows(run: Run | None, task: str, arms: dict[str, numpy.ndarray], spread: dict[str, numpy.ndarray], gold: numpy.ndarray) -> list[dict]:
+def cell_rows(
+    run: Run | None, task: str, arms: dict[str, numpy.ndarray], spread: dict[str, numpy.ndarray], gold: numpy.ndarray
+) -> list[dict]:
     """Rows {arm, run, stage, first, second, task, metric, value, low, high, n} of one run on one task, its bins under metric "bins".
 
-    arms: {arm: probabilities (m, n, k)}, scores of m rows averaged, with lowest and highest of them. spread: {arm: (m, n, k)} of the
-    predictions that an arm averages. Metrics "ece_minus_deterministic" … are differences on the same items.
+    arms: {arm: probabilities (m, n, k)}, scores of m rows averaged, with lowest and highest of them. spread: {arm: (g, m, n, k)},
+    the m predictions that an arm averages, in g groups. Metrics "ece_minus_deterministic" … are differences on the same items.
     """
     who = {"run": run.folder if run else "base", "stage": run.stage if run else 0, "trained": run.arm if run else "base",
            "first": run.first if run else None, "second": run.second if run else None, "task": task}  # fmt: skip
@@ -39,7 +44,9 @@ def cell_rows(run: Run | None, task: str, arms: dict[str, numpy.ndarray], spread
         if arm != "deterministic":
             for metric, (value, low, high) in calibration_change(arms["deterministic"], p, gold).items():
                 rows.append({**one, "metric": f"{metric}_minus_deterministic", "value": value, "low": low, "high": high, "n": found["n"]})
-        for metric, value in uncertainty(spread[arm]).items() if arm in spread else ():
+        apart = [uncertainty(group) for group in spread.get(arm, ())]
+        for metric in apart[0] if apart else ():
+            value = float(numpy.mean([group[metric] for group in apart]))
             rows.append({**one, "metric": metric, "value": value, "low": None, "high": None, "n": found["n"]})
         rows.append({**one, "metric": "bins", "value": None, "low": None, "high": None, "n": found["n"], "bins": found["bins"]})
     return rows
@@ -61,8 +68,9 @@ def reliability_table(rows: list[dict]) -> str:
     for (task, run, arm), found in sorted(cells.items(), key=lambda cell: tasks.index(cell[0][0])):
         lines.append([
             task, run, arm, told(found["accuracy"], 100, 1), told(found["nll"]), told(found["ece"]), told(found["ece_if_calibrated"]),
-            told(found["brier"]), told(found.get("nll_minus_deterministic"), sign="+"), told(found.get("ece_minus_deterministic"), sign="+"),
-            told(found.get("disagreement"), 100, 1), told(found.get("mutual_information")), found["accuracy"]["n"],
+            told(found["brier"]), told(found.get("nll_minus_deterministic"), sign="+"),
+            told(found.get("ece_minus_deterministic"), sign="+"), told(found.get("disagreement"), 100, 1),
+            told(found.get("mutual_information")), found["accuracy"]["n"],
         ])  # fmt: skip
     headers = ["task", "run", "arm", "accuracy %", "nll", "ece", "(calibrated)", "brier", "nll - single's", "ece - single's", "disagree %",
                "mutual inf.", "n"]  # fmt: skip
@@ -93,7 +101,7 @@ def reliability_figure(rows: list[dict], before: str, run: Run, tasks: list[str]
                 words.append((arm, f"{100 * get['accuracy']:5.1f} %   nll {get['nll']:.3f}   ece {get['ece']:.3f}"))
             for place, (arm, text) in enumerate(reversed(words)):
                 axes.text(0.985, 0.03 + 0.06 * place, text, transform=axes.transAxes, ha="right", fontsize=8.5, color=COLOUR[arm],
-                          family="monospace", bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}, zorder=5)  # fmt: skip
+                          family="monospace", bbox=BOX, zorder=5)  # fmt: skip
             axes.set_title(f"{task}: {when} {run.task}", fontsize=10.5, loc="left")
             _clean(axes)
             axes.grid(axis="x", color="#dddddd", linewidth=0.8)
@@ -102,22 +110,25 @@ def reliability_figure(rows: list[dict], before: str, run: Run, tasks: list[str]
     panels[0][0].set_ylim(0, 1.02)
     for axes in panels[-1]:
         axes.set_xlabel("confidence: probability of the likeliest option")
-    names = {"deterministic": "single adapters (mean of their scores)", "ensemble": "ensemble of the adapters", "mc_dropout": "LoRA dropout left on"}
-    handles = [Line2D([], [], color=COLOUR[arm], marker=MARK[arm], markersize=7, linewidth=1.2, label=names[arm]) for arm in arms]
+    handles = [Line2D([], [], color=COLOUR[arm], marker=MARK[arm], markersize=7, linewidth=1.2, label=WORDS[arm]) for arm in arms]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(arms), frameon=False, fontsize=9)
     figure.suptitle(f"Reliability before and after the second task: {title_of(run)}", fontsize=12, x=0.01, ha="left")
     return figure
 
 
-def report_reliability(folder: Path, rows: list[dict], runs: list[Run]) -> list[Path]:
-    """Writes the pictures of every run with a stage before it into the folder, and returns them. rows: of all cells."""
+def report_reliability(root: Path, rows: list[dict], runs: list[Run]) -> None:
+    """Prints the table, writes {root}/probabilistic_results.json, and draws in {root}/probabilistic/ each run that has one before it."""
+    print("\nAccuracy and calibration over the options, with 95 % intervals over the items; single adapters: mean of their scores")
+    print(reliability_table(rows), flush=True)
     scored: dict[str, list[str]] = {}
     for row in rows:
         if row["task"] not in scored.setdefault(row["run"], []):
             scored[row["run"]].append(row["task"])
     pictures = []
     for run in runs:
-        both = [task for task in scored.get(run.folder, []) if task in scored.get(run.parent, [])]
+        both = [task for task in scored[run.folder] if task in scored.get(run.parent, [])]
         if both:
-            pictures.append(_save(reliability_figure(rows, run.parent, run, both), folder / f"reliability_{run.folder.replace('/', '_')}.png"))
-    return pictures
+            name = f"reliability_{run.folder.replace('/', '_')}.png"
+            pictures.append(_save(reliability_figure(rows, run.parent, run, both), root / "probabilistic" / name))
+    write_json(root / "probabilistic_results.json", {"results": rows})
+    print(f"\nresults    {root / 'probabilistic_results.json'}\npictures   {root / 'probabilistic'}/ ({len(pictures)})")

@@ -190,5 +190,8 @@ class EvalConfig:
     harness: str | None = opt(None, "more columns, of lm-evaluation-harness: hellaswag,arc_easy", SOME_TEXT)
     harness_path: str | None = opt(None, "folder of your own lm-evaluation-harness tasks (YAML)", SOME_TEXT)
     max_samples: int | None = opt(None, "score at most so many items of each of these columns", POSITIVE)
+    probabilistic: bool = opt(False, "a study of several seeds: their adapters as an ensemble, and LoRA dropout left on; calibration")
+    mc_samples: int = opt(8, "with --probabilistic: passes with dropout on (0: none)", FROM_ZERO)
+    mc_dropout: float | None = opt(None, "with --probabilistic: the rate in these (default: the adapter's own)", FRACTION)
     no_merge: bool = opt(False, "with --adapter: score once more with the adapter beside the weights, and say what differs")
     sources: tuple = field(default=(), init=False, repr=False, compare=False)
