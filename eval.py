@@ -30,6 +30,7 @@ from data.tasks import mmlu
 from lora.adapter import load_adapter
 from lora.drift import drift_record
 from lora.layers import lora_layers, merged
+from lora.probabilistic import columns_of, score_probabilistic
 from lora.states import put_on, state_fingerprint
 from masking.bench import Bench
 from masking.score import score_examples
@@ -49,6 +50,7 @@ from study.errors import LetheError, run_command
 from study.folder import StudyFolder, newest_study, read_json, seed_folders, write_json, write_jsonl
 from study.logging import format_table, progress, say
 from study.plan import Run, cells_to_score, nearest
+from study.reliability import report_reliability
 from study.report import cell_file, report, report_growth, trained_runs
 from study.settings import DECODING, EvaluationConfig
 from study.text_scores import signature_lines
@@ -370,9 +372,26 @@ def evaluate_one(arguments: EvalConfig, root: Path) -> None:
         studies = [StudyFolder(tree, read_json(tree / "study.json")) for tree in trees]
         seeds = [study.record["identity"]["settings"]["seed"] for study in studies]
         benches = [Bench(config, subject, tasks, study, seed, columns=columns) for study, seed in zip(studies, seeds, strict=True)]
+        if arguments.probabilistic:
+            evaluate_probabilistic(root, benches, only, arguments)
+            return
         scored = sum(score_study(bench, only) for bench in benches)
         print(f"scored     {scored} missing cell{'s' * (scored > 1)}" if scored else "scored     nothing: every cell was there")
     report(root)
+
+
+def evaluate_probabilistic(root: Path, benches: list[Bench], only: set[str] | None, arguments: EvalConfig) -> None:
+    """The adapters of a study's seeds as an ensemble, and dropout left on, beside single adapters: accuracy and calibration."""
+    config, subject, trees = benches[0].config, benches[0].subject, [bench.study.path for bench in benches]
+    chosen = [[one for name, one in found.items() if only is None or name in only] for found in (benches[0].tasks, benches[0].columns)]
+    longest = min(config.max_length, subject.model.config.max_position_embeddings)
+    columns = columns_of(*chosen, subject.tokenizer, longest, config.max_test)
+    seeds = [bench.study.record["identity"]["settings"]["seed"] for bench in benches]
+    trained = [{run.folder for run in trained_runs(tree)} for tree in trees]
+    runs = [run for run in trained_runs(trees[0]) if all(run.folder in folders for folders in trained)]
+    print(f"seeds      {', '.join(map(str, seeds))}" + ("" if len(seeds) > 1 else ": an ensemble needs several, so there is none"))
+    rows = score_probabilistic(subject.model, root, trees, seeds, runs, columns, arguments.mc_samples, arguments.mc_dropout)
+    report_reliability(root, rows, runs)
 
 
 def add_columns(tree: Path, columns: dict[str, Benchmark]) -> None:

@@ -99,7 +99,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _apply(before, source, residual, norm_weight, eps, weight: Joined, addition: Addition | None, row_keys):
-    factors = addition.factors if addition else ()
+    factors = addition.factors if isinstance(addition, Addition) else ()
     if not torch.is_grad_enabled():  # the same arithmetic without autograd's bookkeeping, which decoding would feel
         y, source, *_ = _forward(before, eps, weight, source, residual, norm_weight, weight.bias, addition, factors, row_keys)
         return (y, source) if before == "norm" else y
@@ -114,6 +114,8 @@ def _forward(before, eps, weight, source, residual, norm_weight, bias, addition,
         x, source, rstd = layers.add_rms_norm(source, residual, norm_weight, eps)
     else:
         x = layers.swiglu(source) if before == "swiglu" else source
+    if addition and not isinstance(addition, Addition):  # kernels.members: rows of several adapters, without gradients
+        return addition.product(x, weight.dense(), bias), source, rstd, low
     y = product(x, weight.dense(), bias)
     if addition:
         A = torch.cat(factors[::2])  # (sum of ranks, in)

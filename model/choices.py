@@ -5,6 +5,7 @@ which is run once and kept in a cache; the options of a question are branches of
 letters, of one token each, add nothing to it.
 
     score_options(model, [Question(prompt, options), …])      # [[Likelihood(logprob, greedy), …], …]
+    score_copies(model, questions, copies)                    # the same of each member of an ensemble, in the same passes
 """
 
 from __future__ import annotations
@@ -39,47 +40,65 @@ class Question:
     group: str = ""
 
 
+RowKeys = Callable[[Tensor, Tensor, Tensor], Tensor]  # (copies, questions, places), (T,) each -> (T,) int32, see Llama.hidden
+
+
 class Likelihood(NamedTuple):
     logprob: float  # nats, summed over the option's tokens
     greedy: bool  # whether each of them is the likeliest at its place
 
 
-@torch.inference_mode()
 def score_options(
     model: Llama, questions: list[Question], *, micro_tokens: int | None = None, on_done: Callable[[int], None] | None = None
 ) -> list[list[Likelihood]]:
-    """The likelihood of every option after its prompt, in the questions' order.
+    """The likelihood of every option after its prompt, in the questions' order.  Arguments and errors as for score_copies.
+
+    Dropout is off, also for a model in training mode, which it is again afterwards.
+    """
+    return score_copies(model, questions, 1, micro_tokens=micro_tokens, on_done=on_done)[0]
+
+
+@torch.inference_mode()
+def score_copies(
+    model: Llama, questions: list[Question], copies: int, *, keys: RowKeys | None = None, micro_tokens: int | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> list[list[list[Likelihood]]]:  # fmt: skip
+    """As score_options, `copies` times in the same passes: [copy][question][option].
+
+    Every pass has its tokens copies times over, one copy behind the other, as the members of an ensemble want them (lora.ensemble).
+    keys: dropout is on, and this chooses the masks; without it dropout is off.
 
     micro_tokens: most tokens in a pass; memory depends on it, results do not (but for rounding). on_done(n) hears of n finished
-    questions. Dropout is off, also for a model in training mode, which it is again afterwards. Raises ValueError for an
-    empty prompt, a question without options, or an empty option.
+    questions. The model's mode is as before afterwards. Raises ValueError for an empty prompt, a question without options, or an
+    empty option.
     """
     for number, question in enumerate(questions):
         if not (question.prompt and question.options and all(question.options)):
             raise ValueError(f"question {number}: prompt, options and each option need at least one token")
     kind = model.device.type
     budget = micro_tokens or MICRO_TOKENS[kind]
-    results: list = [None] * len(questions)
+    results: list = [[None] * len(questions) for _ in range(copies)]
     was_training = model.training
-    model.eval()
+    model.train(keys is not None)
     try:
         for shared, members in _groups(questions, WORTH[kind]):
-            prefix = _prefill(model, questions[members[0]].prompt[:shared]) if shared else None
+            prefix = _prefill(model, questions[members[0]].prompt[:shared], copies, members[0], keys) if shared else None
             waiting = sorted((_lay_out(i, questions[i], shared) for i in members), key=lambda row: -len(row.ids))
             while waiting:
                 longest, count = len(waiting[0].ids), 1
-                while count < len(waiting) and _cost(model, count + 1, longest, shared) <= budget:
+                while count < len(waiting) and copies * _cost(model, count + 1, longest, shared) <= budget:
                     count += 1
                 try:
-                    scored = _score(model, waiting[:count], prefix)
+                    scored = _score(model, waiting[:count], prefix, copies, keys)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error) or count == 1:
                         raise
-                    budget = _cost(model, count, longest, shared) // 2
+                    budget = copies * _cost(model, count, longest, shared) // 2
                     say(f"out of memory while scoring options: from here on {budget} tokens at a time")
                     continue
-                for row, likelihoods in zip(waiting[:count], scored, strict=True):
-                    results[row.question] = likelihoods
+                for mine, found in zip(results, scored, strict=True):
+                    for row, likelihoods in zip(waiting[:count], found, strict=True):
+                        mine[row.question] = likelihoods
                 waiting = waiting[count:]
                 if on_done:
                     on_done(count)
@@ -147,7 +166,8 @@ class Branches:
     the heads of a key-value head side by side as further queries, so that no key is copied for them.
     """
 
-    def __init__(self, model: Llama, rows: list[_Row], prefix: KVCache | None):
+    def __init__(self, model: Llama, rows: list[_Row], prefix: KVCache | None, copies: int = 1):
+        self.copies, rows = copies, rows * copies
         config, device, self.prefix = model.config, model.device, prefix
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.shared = prefix.room if prefix else 0
@@ -176,7 +196,8 @@ class Branches:
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         new = qkv.view(len(qkv), -1, self.head_dim)  # (T, heads + 2 kv, D)
         if self.prefix is not None:
-            self.held[:, :, : self.shared] = self.prefix.layers[layer][0]
+            of_copies = self.held.unflatten(0, (self.copies, -1))  # (copies, N, 2 kv, S, D)
+            of_copies[:, :, :, : self.shared] = self.prefix.layers[layer][:, None]
         self.held[self.row, :, self.shared + self.place] = new[:, self.heads :]
         query = new.new_zeros(self.rows, self.longest, self.heads, self.head_dim)
         query[self.row, self.place] = new[:, : self.heads]
@@ -206,31 +227,43 @@ def _ancestors(row: _Row, longest: int) -> Tensor:
     return seen[1:]
 
 
-def _prefill(model: Llama, ids: list[int]) -> KVCache:
-    cache = KVCache(model.config, 1, len(ids), model.dtype, model.device)
-    last = torch.tensor([len(ids) - 1]).to(model.device)  # the states are not wanted: as few of them as can be
-    model.hidden(torch.tensor(ids).to(model.device), Prefill(cache, [0], [len(ids)]), last)
+def _prefill(model: Llama, ids: list[int], copies: int, question: int, keys: RowKeys | None) -> KVCache:
+    """The keys and values of a shared beginning, a slot for each copy. question: the first that begins so, by which masks are drawn."""
+    cache, size = KVCache(model.config, copies, len(ids), model.dtype, model.device), len(ids)
+    last = torch.arange(1, copies + 1) * size - 1  # the states are not wanted: as few of them as can be
+    row_keys = None
+    if keys is not None:
+        of_copy = torch.arange(copies).repeat_interleave(size)
+        row_keys = keys(of_copy, torch.full((copies * size,), question), torch.arange(size).repeat(copies)).to(model.device)
+    sight = Prefill(cache, list(range(copies)), [size] * copies)
+    model.hidden(torch.tensor(ids * copies).to(model.device), sight, last.to(model.device), row_keys)
     return cache
 
 
-def _score(model: Llama, rows: list[_Row], prefix: KVCache | None) -> list[list[Likelihood]]:
-    """The likelihoods of each row's options: one pass."""
+def _score(model: Llama, rows: list[_Row], prefix: KVCache | None, copies: int, keys: RowKeys | None) -> list[list[list[Likelihood]]]:
+    """The likelihoods of each row's options in each copy: one pass."""
     device, start, made = model.device, 0, 0
     wanted, sources, targets, sizes = [], [], [], []
-    for row in rows:
+    for row in rows * copies:
         wanted += range(start + row.first, start + len(row.ids))
         for path, option in zip(row.paths, row.options, strict=True):
             sources += [made + place - row.first for place in path]
             targets += option
             sizes.append(len(option))
         start, made = start + len(row.ids), len(wanted)
-    ids = torch.tensor([token for row in rows for token in row.ids])
-    states = model.hidden(ids.to(device), Branches(model, rows, prefix), torch.tensor(wanted).to(device))
+    ids = torch.tensor([token for row in rows for token in row.ids] * copies)
+    sight, row_keys = Branches(model, rows, prefix, copies), None
+    if keys is not None:
+        lengths = torch.tensor([len(row.ids) for row in rows])
+        questions = torch.tensor([row.question for row in rows]).repeat_interleave(lengths).repeat(copies)
+        of_copy = torch.arange(copies).repeat_interleave(int(lengths.sum()))
+        row_keys = keys(of_copy, questions, sight.shared + sight.place.cpu()).to(device)
+    states = model.hidden(ids.to(device), sight, torch.tensor(wanted).to(device), row_keys)
     logprobs, hits = predict(states, model.head_weight, torch.tensor(sources).to(device), torch.tensor(targets).to(device))
     options = zip(logprobs.double().cpu().split(sizes), hits.cpu().split(sizes), strict=True)
     found = [Likelihood(float(logprob.sum()), bool(hit.all())) for logprob, hit in options]
     ends = iter(found)
-    return [[next(ends) for _ in row.options] for row in rows]
+    return [[[next(ends) for _ in row.options] for row in rows] for _ in range(copies)]
 
 
 def predict(states: Tensor, head: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -246,5 +246,8 @@ class EvalConfig:
     repetition_penalty: float = opt(1.0, "makes what was said less likely; 1: does not", POSITIVE)
     decoding: dict[str, dict] | None = opt(None, "YAML only: a task's own decoding in place of these, {simp: {num_beams: 5}}")
     seed: int = opt(0, "of drawing", FROM_ZERO)
+    probabilistic: bool = opt(False, "a study of several seeds: their adapters as an ensemble, and LoRA dropout left on; calibration")
+    mc_samples: int = opt(8, "with --probabilistic: passes with dropout on (0: none)", FROM_ZERO)
+    mc_dropout: float | None = opt(None, "with --probabilistic: the rate in these (default: the adapter's own)", FRACTION)
     no_merge: bool = opt(False, "with --adapter: score once more with the adapter beside the weights, and say what differs")
     sources: tuple = field(default=(), init=False, repr=False, compare=False)
