@@ -48,7 +48,7 @@ class Corpus:
 
     def __len__(self) -> int:
         """Rows to train on."""
-        return len(self.flat) // self.row_length - self.held_out
+        return max(0, len(self.flat) // self.row_length - self.held_out)
 
     def row(self, i: int) -> np.ndarray:
         return self.flat[i * self.row_length : (i + 1) * self.row_length]

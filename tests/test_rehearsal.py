@@ -114,7 +114,7 @@ def test_every_arm_comes_to_its_end(whole):
     assert found == {(arm, 0) for arm in ARMS} | {(arm, 1) for arm in ("none", "ssr", "mtl")}
     for one in record["sequences"]:
         assert np.shape(one["R"]) == ((1, 3) if one["arm"] == "mtl" else (3, 3)) and one["order"] == NAME and one["tasks"] == list(ORDER)
-    table = told[told.index("Sequences of 3 tasks") :].splitlines()
+    table = told[told.index("Sequences of 3 stages") :].splitlines()
     assert {line.split()[0]: line.split()[-1] for line in table[3:13]} == {
         arm: "2" if arm in ("none", "ssr", "mtl") else "1" for arm in ARMS
     }
@@ -228,7 +228,7 @@ def test_arms_and_orders_added_later(tree, tiny, tmp_path):
 
     other = "mini_simpleqa,mini_svamp"
     told = run(*asked(tiny, tmp_path, "--rehearsal", "none,random", "--sequence", other))
-    assert "plan       3 runs, 0 of them done before" in told and "Sequences of 2 or 3 tasks" in told
+    assert "plan       3 runs, 0 of them done before" in told and "Sequences of 2 or 3 stages" in told
     assert {name: found for name, found in adapters(tmp_path).items() if name in mine} == mine
     found = {(one["arm"], one["order"]) for one in read_json(tmp_path / "matrix.json")["sequences"]}
     assert found == {(arm, NAME) for arm in ("none", "ssr", "kmeans", "mtl")} | {("none", other), ("random", other)}
@@ -382,7 +382,7 @@ def test_two_processes_share_the_arms(bench, wanted, tmp_path):
         rank.kill()
     told = [log.read_text() for log in logs]
     assert [rank.exitcode for rank in ranks] == [0, 0], told
-    assert "processes  2, which share the study's runs" in told[0] and "Sequences of 3 tasks" in told[0] and "Sequences" not in told[1]
+    assert "processes  2, which share the study's runs" in told[0] and "Sequences of 3 stages" in told[0] and "Sequences" not in told[1]
     found = everything(tmp_path / "out")
     differing = {name for name in unequal(found, wanted) if "ssr_random" not in name}
     assert differing == {"matrix.json"}, differing

@@ -41,10 +41,11 @@ def test_orders():
     tasks = ["a", "b", "c"]
     assert parse_orders("a,b,c", tasks) == [["a", "b", "c"]]
     assert parse_orders(" c , a ; a,b,c;; c,a ", tasks) == [["c", "a"], ["a", "b", "c"]]  # each once
+    assert parse_orders("a,b,a", tasks) == [["a", "b", "a"]]  # a task that comes again
     for text, told in (
         ("a,b,d", "'d' is not among the tasks of this study"),
-        ("a", "name two tasks or more, each once"),
-        ("a,b,a", "name two tasks or more, each once"),
+        ("a", "name two tasks or more, none twice in a row"),
+        ("a,b,b", "name two tasks or more, none twice in a row"),
         ("a,b;c", "--sequence c: name two tasks"),
         (" ; ,", "name two tasks or more"),
         (";", "names no task"),
@@ -99,6 +100,28 @@ def test_an_order_is_known_by_its_tasks_wherever_it_stands():
     assert len(folder.replace("/", "__")) < 250  # as TensorBoard's folder is called
 
 
+def test_a_task_that_comes_again():
+    runs = plan_sequences([["a", "b", "a"]], ["none"], "none")
+    assert [run.folder for run in runs] == ["lora_base/a", "sequence/none/a,b,a/2_b", "sequence/none/a,b,a/3_a"]
+    assert runs[2].parent == runs[1].folder and runs[2].past == ("a", "b") and title_of(runs[2]) == "a > b > a  none"
+    R, half = np.array([[0.9, 0.2], [0.4, 0.8], [0.95, 0.5]]), np.array([[0.01, 0.02], [0.03, 0.04], [0.05, 0.06]])
+    one = Sequence("none", "a,b,a", ["a", "b", "a"], 0, R, half, np.array([0.1, 0.1]), {})
+    assert one.tasks == ["a", "b"] and one.trained == [0, 1, 0]
+    found = one.metrics()
+    assert found["AR"] == pytest.approx(0.725) and found["learning"] == pytest.approx((0.8 + 0.7) / 2)
+    assert found["BWT"] == pytest.approx(-0.3) == -found["forgetting"]  # of b alone: a has just been trained
+    assert found["FWT"] == pytest.approx(0.1) and found["revisit"] == pytest.approx(-0.5) and found["relearned"] == pytest.approx(0.05)
+    assert one.half_of("BWT") == one.half_of("forgetting") == pytest.approx(math.hypot(0.06, 0.04))
+    assert one.half_of("learning") == pytest.approx(math.hypot(0.01, 0.04) / 2)
+    assert one.half_of("revisit") == pytest.approx(math.hypot(0.03, 0.01))
+    assert one.half_of("relearned") == pytest.approx(math.hypot(0.05, 0.01))
+    assert one.half_of("AR") == pytest.approx(math.hypot(0.05, 0.06) / 2)
+    table = sequence_table([one]).splitlines()
+    assert table[0].startswith("Sequences of 3 stages") and table[1].split()[:8] == ["arm", *METRICS]
+    assert "-50.0" in table[3] and not {"revisit", "relearned"} & set(sequence_table([sequence(GOLDEN / 100)]).split())
+    assert matrix_record([one])["sequences"][0]["stages"] == ["a", "b", "a"]
+
+
 def test_what_follows_from_the_flag(tmp_path):
     config = parse(["--sequence", "x,y;z,x"])
     assert (config.study, config.mask, config.datasets) == ("sequences", "none", "x,y,z"), "configs/nano.yaml names other tasks"
@@ -125,8 +148,8 @@ def test_what_follows_from_the_flag(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--sequence", "mini_svamp"], "name two tasks or more, each once"),
-        (["--sequence", "mini_svamp,mini_simpleqa,mini_svamp"], "each once"),
+        (["--sequence", "mini_svamp"], "name two tasks or more, none twice in a row"),
+        (["--sequence", "mini_svamp,mini_svamp"], "none twice in a row"),
         (["--sequence", "mini_svamp,mini_simpelqa"], "mini_simpleqa"),
         (["--sequence", ",".join(TASKS), "--rehearsal", "none,srr"], "did you mean 'ssr'"),
         (["--sequence", ",".join(TASKS), "--rehearsal_share", "0"], "above 0, at most 1"),
@@ -195,12 +218,12 @@ def test_table_and_record():
     ]  # fmt: skip
     assert list(by_arm(found)) == ["none", "ssr", "mtl"]  # in the order of ARMS
     lines = sequence_table(found).splitlines()
-    assert lines[0] == "Sequences of 3 tasks, in %, 95 % intervals"
+    assert lines[0] == "Sequences of 3 stages, in %, 95 % intervals"
     words = {line.split()[0]: line.split() for line in lines[3:]}
     assert words["ssr"] == "ssr 56.7 ±3.5 -5.0 ±6.0 5.0 ±6.0 9.0 60.0 ±3.5 20 1".split()  # (10 + 30) / 2 rows a stage
     assert words["none"][-2:] == ["0", "1"] and words["mtl"] == "mtl 56.7 ±3.5 - - - 56.7 ±3.5 0 1".split()
     several = [*found, sequence(GOLDEN / 100, seed=1), sequence(GOLDEN / 100, tasks="cab"), sequence(GOLDEN[:2, :2] / 100, tasks="ab")]
-    assert sequence_table(several).startswith("Sequences of 2 or 3 tasks, in %, 95 % intervals; means over 4 orders and seeds\n")
+    assert sequence_table(several).startswith("Sequences of 2 or 3 stages, in %, 95 % intervals; means over 4 orders and seeds\n")
     record = json.loads(json.dumps(matrix_record(found)))
     assert record["sequences"][0]["R"] == (GOLDEN / 100).tolist() and record["sequences"][0]["rehearsal"] == rows
     assert set(record["arms"]["ssr"]) == set(METRICS) and record["arms"]["ssr"]["BWT"]["mean"] == pytest.approx(-0.05)
@@ -265,7 +288,7 @@ def test_report(tmp_path, capsys):
     study(tmp_path / "seed0", orders="a,b,c;a,c,b"), study(tmp_path / "seed1", orders="a,b,c;a,c,b", seed=1)
     report(tmp_path)
     told = capsys.readouterr().out
-    assert "Sequences of 3 tasks, in %, 95 % intervals; means over 4 orders and seeds" in told and str(tmp_path / "matrix.json") in told
+    assert "Sequences of 3 stages, in %, 95 % intervals; means over 4 orders and seeds" in told and str(tmp_path / "matrix.json") in told
     record = read_json(tmp_path / "matrix.json")
     assert sorted((one["seed"], one["order"], one["arm"]) for one in record["sequences"]) == [
         (seed, order, arm) for seed in (0, 1) for order in ("a,b,c", "a,c,b") for arm in ("mtl", "none")]  # fmt: skip

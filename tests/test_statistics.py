@@ -35,6 +35,31 @@ def test_continual_golden_vector():
     assert continual_metrics([[50, 10], [70, 60]], [0, 0])["forgetting"] == -20
 
 
+def test_continual_metrics_where_tasks_come_again():
+    """Against a reading of the definitions task by task, on random orders; the plain case is the identity of stages and tasks."""
+    rng = numpy.random.default_rng(0)
+    for _ in range(50):
+        tasks = int(rng.integers(2, 5))
+        trained = [*rng.permutation(tasks), *rng.integers(0, tasks, int(rng.integers(0, 4)))]
+        R, base = rng.random((len(trained), tasks)), rng.random(tasks)
+        found = continual_metrics(R, base, trained=trained)
+        firsts = [min(k for k, task in enumerate(trained) if task == j) for j in range(tasks)]
+        lasts = [max(k for k, task in enumerate(trained) if task == j) for j in range(tasks)]
+        lost = [R[lasts[j]][j] - R[-1][j] for j in range(tasks) if lasts[j] != len(trained) - 1]
+        again = [j for j in range(tasks) if lasts[j] != firsts[j]]
+        assert found["BWT"] == pytest.approx(-sum(lost) / len(lost))
+        assert found["learning"] == pytest.approx(sum(R[firsts[j]][j] - base[j] for j in range(tasks)) / tasks)
+        assert found["FWT"] == pytest.approx(numpy.mean([R[firsts[j] - 1][j] - base[j] for j in range(tasks) if firsts[j] > 0]))
+        assert ("revisit" in found) == bool(again)
+        if again:
+            assert found["revisit"] == pytest.approx(numpy.mean([R[lasts[j] - 1][j] - R[firsts[j]][j] for j in again]))
+            assert found["relearned"] == pytest.approx(numpy.mean([R[lasts[j]][j] - R[firsts[j]][j] for j in again]))
+    assert continual_metrics(GOLDEN, trained=[0, 1, 2]) == pytest.approx(continual_metrics(GOLDEN), nan_ok=True)
+    for trained in ([0, 1], [0, 1, 1], [0, 1, 3]):
+        with pytest.raises(ValueError, match="trained"):
+            continual_metrics(GOLDEN, trained=trained)
+
+
 def test_continual_edges():
     alone = continual_metrics([[0.5]], [0.1])
     assert alone["ACC"] == 0.5 and alone["learning"] == pytest.approx(0.4) and math.isnan(alone["BWT"])
