@@ -192,7 +192,8 @@ class Search:
         ending = hits[:, :N] & ~done[:, None]
         fresh = history.gather(1, parents[:, :N, None].expand(-1, -1, history.shape[2]))
         new = (sizes[:, None] + torch.arange(self.limit, device=device))[:, None]
-        fresh = fresh.gather(2, new.expand(-1, N, -1)).scatter_(2, (counts - 1)[:, None, None].expand(-1, N, 1), tokens[:, :N, None])
+        last = (counts - 1).clamp(max=self.limit - 1)[:, None, None].expand(-1, N, 1)  # an idle row may be at its limit
+        fresh = fresh.gather(2, new.expand(-1, N, -1)).scatter_(2, last, tokens[:, :N, None])
         merged = torch.cat([self.found_scores[rows], top[:, :N] / worth + ~ending * NEVER], 1)  # (g, 2 N)
         found_scores, best = merged.topk(N)
         finished = torch.cat([self.finished[rows], ending], 1).gather(1, best)
@@ -207,15 +208,15 @@ class Search:
         open_ = (hope > torch.where(finished, found_scores.amin(1, keepdim=True), NEVER)).any(1) & ~hits.all(1)
         if self.early_stopping is True:
             open_ &= ~finished.all(1)
+        self.counts[rows] = counts - done.long()  # before `done` changes, which may be a view
         self.done[rows] = done | ~open_
-        self.counts[rows] = counts - done.long()
 
         # Beams into slots.
         order = places_of(parents.gather(1, chosen)).argsort(1)
         chosen = chosen.gather(1, order)
         self.scores[rows] = scores.gather(1, order)
         self.tokens[rows], sources = tokens.gather(1, chosen), parents.gather(1, chosen)
-        history, place = history.gather(1, sources[..., None].expand_as(history)), ends.clamp(max=history.shape[2] - 1)  # of idle rows too
+        history, place = history.gather(1, sources[..., None].expand_as(history)), ends.clamp(max=history.shape[2] - 1)
         self.history[rows] = history.scatter_(2, place[:, None, None].expand(-1, N, 1), self.tokens[rows][..., None])
         if most:
             first = torch.arange(len(self.sizes), device=device)[rows][:, None] * N

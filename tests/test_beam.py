@@ -98,6 +98,21 @@ def test_batch_size_order_and_rare_looks_change_nothing(toy, monkeypatch, settin
     assert beam_search(ours, prompts[::-1], 20, stops, batch_size=24, **settings)[::-1] == expected
 
 
+def test_rows_that_wait_idle_at_their_limit_harm_nobody(toy, monkeypatch):
+    ours, _, prompts = toy
+    prompts, stops = [ids[:12] for ids in prompts + prompts[::-1]], range(0, VOCABULARY, 4)
+    settings, extend, idle = {"num_beams": 2, "early_stopping": True}, beams.Search._extend, []
+    expected = beam_search(ours, prompts, 10, stops, batch_size=2, **settings)
+
+    def watched(self, rows, *more):
+        idle.append(int((self.counts[rows] == self.limit).sum()))
+        extend(self, rows, *more)
+
+    monkeypatch.setattr(beams.Search, "_extend", watched)
+    monkeypatch.setitem(beams.REFILL, "cpu", 2)
+    assert beam_search(ours, prompts, 10, stops, batch_size=20, **settings) == expected and sum(idle)
+
+
 def test_the_way_of_cuda_copies_beams_that_stay_to_themselves(toy, monkeypatch):
     """On CUDA the host does not ask which beams moved: all are copied."""
     ours, _, prompts = toy
