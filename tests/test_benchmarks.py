@@ -288,6 +288,13 @@ def test_the_factors_of_a_model():
     assert sum(n for n, *_ in found.values()) == 224
 
 
+def test_beams(tmp_path):
+    text, result = command("beam.py", "--toy", "--rounds", "1", "--stops", "--no_repeat_ngram_size", "2", cwd=tmp_path)
+    assert result["benchmark"] == "beam" and result["stops"] == 1 and result["ratio"] > 0 and result["best"].startswith("transformers")
+    assert len(result["contenders"]) == 3 and all(found["same_outputs"] == 1 for found in result["contenders"].values())
+    assert "ours over transformers" in text
+
+
 def test_muon_command(tmp_path):
     text, result = command("muon.py", "--toy", "--device", "cpu", cwd=tmp_path)
     assert result["factors"] == 28 and result["ratio"] == result["ratios"]["torch"]["median"] > 0
