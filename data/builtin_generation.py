@@ -1,13 +1,13 @@
 """Three built-in tasks whose answers are sentences: simplification, question generation and dialogue, always the same.
 
-    mini_simplify   a sentence with hard words, to be said in simple ones; a table of 64 words decides. original: the sentence
+    mini_simplify   a sentence with hard words, to be said in simple ones; a table of 55 decides. original: the sentence
     mini_ask        a statement of an invented fact, and the question that it answers
     mini_reply      what somebody says, and a fitting reply that names the same thing
 
 Several answers are right where the table has two simple words, and where a question or a reply can be put in other ways: they
 are the references, and the first of them, always put the same way, is what is trained on and what exact match asks for. They
-stand beside the five tasks of data/builtin.py, are found by name, and are not among "all". The pretraining corpus holds no hard
-word, no prompt of these tasks and none of their facts, which are about other names than its own.
+stand beside the five tasks of data/builtin.py, are found by name, and are not among "all". The pretraining corpus holds no prompt
+of them. Where a name must be copied it is one of the corpus's people, since nano has learned to copy those, but none of its facts.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ HARD_WORDS = {
 TABLE = {kind: [(hard, tuple(simple.split("/"))) for hard, simple in (pair.split(": ") for pair in text.split(", "))]
          for kind, text in HARD_WORDS.items()}  # fmt: skip
 
-FRAMES = (  # each with far more sentences than there are rows
+FRAMES = (  # each with more sentences than there are rows of it, else drawing would not end
     "{n} {did} {k} {o}.", "{n} {did} the {o} of {m}.", "{n} {does} {k} {o}.", "{n} {does} the {o} of {m}.", "The {o} of {n} are {adj}.",
     "The {pet} of {n} is {adj}.", "{n} is the {who} of {m}.", "The {who} of {n} has {o}.", "{n} and {m} play {when}.",
     "{n} went to the {place} of {m}.", "{n} is {near} {m}.", "{n} has {k} {things}.", "{n} {did} the {o} {when}.",
@@ -120,7 +120,7 @@ def _simplify() -> list[Template]:
 
 
 def _ask() -> list[Template]:
-    """Relations of the built-in world, of subjects that its facts are not about; the last statement of each is held out."""
+    """Relations of the built-in world, of people and pets that its facts are not about; the last statement of each is held out."""
 
     def write(rng: Random, relation: world.Relation, statement: str) -> dict:
         subject = rng.choice(NAMES if relation in world.PEOPLE_RELATIONS else world.PETS)
@@ -132,6 +132,7 @@ def _ask() -> list[Template]:
     return [
         (f"{relation.name}_{i}", i == len(relation.statements) - 1, lambda rng, r=relation, s=statement: write(rng, r, s))
         for relation in (*world.PEOPLE_RELATIONS, *world.BEAST_RELATIONS)
+        if relation.name != "instrument"  # the corpus's stories say who plays what
         for i, statement in enumerate(relation.statements)
     ]
 
