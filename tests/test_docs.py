@@ -53,7 +53,7 @@ def test_commands_are_understood(command, monkeypatch, capsys):
 def test_every_flag_exists(capsys):
     known = {"config", "help", "source", "split", "logdir", "adapter", "out", "model", "dtype"}  # of the other commands too
     known |= {"nproc_per_node", "max_restarts"} | set(flags_of(Config)) | set(flags_of(EvalConfig))  # torchrun has two
-    for module in ("features", "features.relate", "features.predict", "data.synthesis", "model.growth"):
+    for module in ("features", "features.relate", "features.predict", "data.synthesis", "data.prepare", "model.growth"):
         known |= set(re.findall(r"--(\w+)", help_of(module, capsys)))
     named = {flag.replace("-", "_").replace(".", "_") for flag in re.findall(r"--([A-Za-z][\w.-]*\w)", README)}
     assert len(named) > 25 and named <= known
