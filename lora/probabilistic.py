@@ -141,12 +141,17 @@ def predictions(
                 drawn = [predict_samples(model, folder, asked, samples, dropout, seed) for folder, seed in each]
         put_on(model, None)
         for number, (column, mine) in enumerate(todo):
-            made = {"gold": np.array(column.gold), "members": members[number],
-                    "samples": np.stack([one[number] for one in drawn]) if drawn else None}  # fmt: skip
-            plain = {key: None if value is None else np.round(value, 9).tolist() for key, value in made.items()}
+            made = {"gold": np.array(column.gold), "members": short(members[number]),
+                    "samples": short(np.stack([one[number] for one in drawn])) if drawn else None}  # fmt: skip
+            plain = {key: None if value is None else value.tolist() for key, value in made.items()}
             write_json(files[column.name], {"settings": mine, **plain}, indent=None)
             found[column.name] = made
     return {column.name: found[column.name] for column in columns}
+
+
+def short(p: np.ndarray) -> np.ndarray:
+    """With nine significant digits, so that files are small; a loss also needs those of probabilities near 0."""
+    return np.vectorize(lambda value: float(f"{value:.9g}"), otypes=[float])(p)
 
 
 def arms_of(found: dict) -> dict[str, np.ndarray]:

@@ -103,8 +103,9 @@ def reliability_figure(rows: list[dict], before: str, run: Run, tasks: list[str]
             _clean(axes)
             axes.grid(axis="x", color="#dddddd", linewidth=0.8)
         line[0].set_ylabel("share right")
-    panels[0][0].set_xlim(0, 1)
+    panels[0][0].set_xlim(-0.01, 1.01)
     panels[0][0].set_ylim(0, 1.02)
+    figure.get_layout_engine().set(wspace=0.05, hspace=0.03)
     for axes in panels[-1]:
         axes.set_xlabel("confidence: probability of the likeliest option")
     handles = [Line2D([], [], color=COLOUR[arm], marker=MARK[arm], markersize=7, linewidth=1.2, label=WORDS[arm]) for arm in arms]

@@ -303,6 +303,12 @@ def test_muon_command(tmp_path):
     assert "torch, float32" in text and set(result["ms"]) == {"ours", "torch", "torch, float32", "adamw"}
 
 
+def test_ensemble_command(tmp_path):
+    text, result = command("ensemble.py", "--toy", cwd=tmp_path)
+    assert result["items"] == 8 and result["members"] == 2 and set(result["ratios"]) == {"merged", "beside", "ensemble"}
+    assert max(result["differences"].values()) < 1e-3 and "ensemble / side" in text
+
+
 JOBS = [scale.Job("a", 4), scale.Job("b", 3), scale.Job("a_to_b", 2, "a"), scale.Job("b_to_a", 6, "b"), scale.Job("other", 1, "a")]
 
 
