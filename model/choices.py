@@ -167,17 +167,17 @@ class Branches:
     """
 
     def __init__(self, model: Llama, rows: list[_Row], prefix: KVCache | None, copies: int = 1):
-        self.copies, rows = copies, rows * copies
-        config, device, self.prefix = model.config, model.device, prefix
+        config, device, self.prefix, self.copies = model.config, model.device, prefix, copies
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.shared = prefix.room if prefix else 0
         lengths = [len(row.ids) for row in rows]
-        self.rows, self.longest = len(rows), max(lengths)
+        self.rows, self.longest = copies * len(rows), max(lengths)
         room = -(-(self.shared + self.longest) // 8) * 8  # CUDA's kernels want rows of the mask aligned
-        self.row = to_device(torch.arange(self.rows).repeat_interleave(torch.tensor(lengths)), device)  # (T,)
-        self.place = to_device(torch.cat([torch.arange(n) for n in lengths]), device)  # (T,) in its row
+        self.row = to_device(torch.arange(self.rows).repeat_interleave(torch.tensor(lengths * copies)), device)  # (T,)
+        self.place = to_device(torch.cat([torch.arange(n) for n in lengths]).repeat(copies), device)  # (T,) in its row
         depths = torch.tensor([depth for row in rows for depth in _depths(row)])
-        self.cos, self.sin = rotary_phases(config, to_device(depths + self.shared, device))
+        cos, sin = rotary_phases(config, to_device(depths + self.shared, device))
+        self.cos, self.sin = cos.repeat(copies, 1), sin.repeat(copies, 1)
         # A token sees what lies before it in its row. Not so in the tree, where branches lie behind each other.
         places = torch.arange(self.longest, device=device)[:, None]
         seen = (torch.arange(room, device=device) - self.shared <= places)[None]  # (1, L, S): one for all rows without a tree
@@ -185,11 +185,11 @@ class Branches:
         if nodes:
             trees = to_device(torch.cat([_ancestors(row, self.longest) for row in rows]), device)  # (nodes, L)
             index = to_device(torch.tensor(nodes).T.contiguous(), device)
-            seen = seen.repeat(self.rows, 1, 1)
+            seen = seen.repeat(len(rows), 1, 1)
             seen[index[0], index[1], self.shared : self.shared + self.longest] = trees
         mask = torch.zeros(seen.shape, dtype=model.dtype, device=device).masked_fill_(~seen, -torch.inf)
         grouped = self.heads // self.kv_heads
-        self.mask = mask[:, None].repeat(1, 1, grouped, 1)  # (rows or 1, 1, grouped L, S), added to the scores
+        self.mask = mask[:, None].repeat(copies if nodes else 1, 1, grouped, 1)  # (rows or 1, 1, grouped L, S), added to the scores
         # Zeros and not whatever lay there: what is masked is multiplied by 0 and must not be NaN.
         self.held = torch.zeros(self.rows, 2 * self.kv_heads, room, self.head_dim, dtype=model.dtype, device=device)
 
@@ -244,23 +244,27 @@ def _score(model: Llama, rows: list[_Row], prefix: KVCache | None, copies: int, 
     """The likelihoods of each row's options in each copy: one pass."""
     device, start, made = model.device, 0, 0
     wanted, sources, targets, sizes = [], [], [], []
-    for row in rows * copies:
+    for row in rows:
         wanted += range(start + row.first, start + len(row.ids))
         for path, option in zip(row.paths, row.options, strict=True):
             sources += [made + place - row.first for place in path]
             targets += option
             sizes.append(len(option))
         start, made = start + len(row.ids), len(wanted)
-    ids = torch.tensor([token for row in rows for token in row.ids] * copies)
+    ids = torch.tensor([token for row in rows for token in row.ids])
     sight, row_keys = Branches(model, rows, prefix, copies), None
+
+    def of_all(places: list[int], size: int) -> Tensor:  # the places of the first copy, then those of the others, `size` further on each
+        return (torch.tensor(places) + size * torch.arange(copies)[:, None]).flatten().to(device)
+
     if keys is not None:
         lengths = torch.tensor([len(row.ids) for row in rows])
         questions = torch.tensor([row.question for row in rows]).repeat_interleave(lengths).repeat(copies)
         of_copy = torch.arange(copies).repeat_interleave(int(lengths.sum()))
         row_keys = keys(of_copy, questions, sight.shared + sight.place.cpu()).to(device)
-    states = model.hidden(ids.to(device), sight, torch.tensor(wanted).to(device), row_keys)
-    logprobs, hits = predict(states, model.head_weight, torch.tensor(sources).to(device), torch.tensor(targets).to(device))
-    options = zip(logprobs.double().cpu().split(sizes), hits.cpu().split(sizes), strict=True)
+    states = model.hidden(ids.repeat(copies).to(device), sight, of_all(wanted, len(ids)), row_keys)
+    logprobs, hits = predict(states, model.head_weight, of_all(sources, made), of_all(targets, 0))
+    options = zip(logprobs.double().cpu().split(sizes * copies), hits.cpu().split(sizes * copies), strict=True)
     found = [Likelihood(float(logprob.sum()), bool(hit.all())) for logprob, hit in options]
     ends = iter(found)
     return [[[next(ends) for _ in row.options] for row in rows] for _ in range(copies)]

@@ -18,7 +18,6 @@ ARMS = ("deterministic", "ensemble", "mc_dropout")
 COLOUR = dict(zip(ARMS, (COLOURS[7], COLOURS[0], COLOURS[1]), strict=True))
 MARK = dict(zip(ARMS, "osD", strict=True))
 WORDS = dict(zip(ARMS, ("single adapters (mean of their scores)", "ensemble of the adapters", "LoRA dropout left on"), strict=True))
-BOX = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
 
 
 def cell_rows(
@@ -84,25 +83,23 @@ def reliability_figure(rows: list[dict], before: str, run: Run, tasks: list[str]
     """
     cells = {(row["run"], row["task"], row["arm"], row["metric"]): row for row in rows}
     arms = [arm for arm in ARMS if any(row["arm"] == arm and row["run"] == run.folder for row in rows)]
-    figure = Figure(figsize=(9.6, 0.9 + 4.1 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(9.6, 0.7 + 4.5 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False, sharex=True, sharey=True)
     for line, task in zip(panels, tasks, strict=True):
         for axes, folder, when in zip(line, (before, run.folder), ("before", "after"), strict=True):
             axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", zorder=1)
-            words = []
-            for arm in arms:
+            for place, arm in enumerate(arms):
                 bins = [one for one in cells[folder, task, arm, "bins"]["bins"] if one["n"]]
                 total = sum(one["n"] for one in bins)
                 x, y = ([one[key] for one in bins] for key in ("confidence", "accuracy"))
-                axes.plot(x, y, color=COLOUR[arm], linewidth=1.2, alpha=0.55, zorder=2)
-                axes.scatter(x, y, s=[14 + 420 * one["n"] / total for one in bins], color=COLOUR[arm], marker=MARK[arm], alpha=0.75,
+                axes.plot(x, y, color=COLOUR[arm], linewidth=1, alpha=0.45, zorder=2)
+                axes.scatter(x, y, s=[8 + 420 * one["n"] / total for one in bins], color=COLOUR[arm], marker=MARK[arm], alpha=0.7,
                              edgecolors="white", linewidths=0.6, zorder=3, clip_on=False)  # fmt: skip
-                get = {metric: cells[folder, task, arm, metric]["value"] for metric in ("accuracy", "nll", "ece")}
-                words.append((arm, f"{100 * get['accuracy']:5.1f} %   nll {get['nll']:.3f}   ece {get['ece']:.3f}"))
-            for place, (arm, text) in enumerate(reversed(words)):
-                axes.text(0.985, 0.03 + 0.06 * place, text, transform=axes.transAxes, ha="right", fontsize=8.5, color=COLOUR[arm],
-                          family="monospace", bbox=BOX, zorder=5)  # fmt: skip
-            axes.set_title(f"{task}: {when} {run.task}", fontsize=10.5, loc="left")
+                accuracy, nll, ece = (cells[folder, task, arm, metric]["value"] for metric in ("accuracy", "nll", "ece"))
+                told = f"{arm:13s} {100 * accuracy:5.1f} % right   nll {nll:.3f}   ece {ece:.3f}"
+                axes.annotate(told, (0, 1), xycoords="axes fraction", xytext=(0, 8 + 12 * (len(arms) - 1 - place)),
+                              textcoords="offset points", fontsize=8, color=COLOUR[arm], family="monospace")  # fmt: skip
+            axes.set_title(f"{task}, {when} {run.task}", fontsize=11, loc="left", pad=12 + 12 * len(arms))
             _clean(axes)
             axes.grid(axis="x", color="#dddddd", linewidth=0.8)
         line[0].set_ylabel("share right")
@@ -111,8 +108,8 @@ def reliability_figure(rows: list[dict], before: str, run: Run, tasks: list[str]
     for axes in panels[-1]:
         axes.set_xlabel("confidence: probability of the likeliest option")
     handles = [Line2D([], [], color=COLOUR[arm], marker=MARK[arm], markersize=7, linewidth=1.2, label=WORDS[arm]) for arm in arms]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(arms), frameon=False, fontsize=9)
-    figure.suptitle(f"Reliability before and after the second task: {title_of(run)}", fontsize=12, x=0.01, ha="left")
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(arms), frameon=False, fontsize=9, alignment="left",
+                  title=f"Reliability before and after the last task: {title_of(run)}", title_fontsize=12)  # fmt: skip
     return figure
 
 
