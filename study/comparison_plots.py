@@ -280,9 +280,9 @@ def evaluation_figure(points: list[dict], scored: list[Scored], first: str, seco
     return figure
 
 
-def draw_comparison(scored: list[Scored], pairs: list[dict], folder: Path) -> list[Path]:
+def comparison_figures(scored: list[Scored], pairs: list[dict]) -> dict[str, Figure]:
     """The four pictures of every pair; beyond one pair their names end in _{a}_to_{b}."""
-    files = []
+    found = {}
     for pair in pairs:
         points, tasks = pair["points"], (pair["first"], pair["second"])
         suffix = "_{}_to_{}".format(*tasks) if len(pairs) > 1 else ""
@@ -292,5 +292,9 @@ def draw_comparison(scored: list[Scored], pairs: list[dict], folder: Path) -> li
             "forgetting_analysis": forgetting_figure(points, *tasks),
             "frontier": frontier_figure(points, *tasks),
         }
-        files += [_save(figure, folder / f"{name}{suffix}.png") for name, figure in figures.items()]
-    return files
+        found |= {f"{name}{suffix}": figure for name, figure in figures.items()}
+    return found
+
+
+def draw_comparison(scored: list[Scored], pairs: list[dict], folder: Path) -> list[Path]:
+    return [_save(figure, folder / f"{name}.png") for name, figure in comparison_figures(scored, pairs).items()]

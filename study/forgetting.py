@@ -138,7 +138,7 @@ def fg_table(rows: list[dict]) -> str:
 
 
 def _told(row: dict) -> str:
-    if math.isnan(row["value"]):
+    if row["value"] is None or math.isnan(row["value"]):  # a file has null where there was NaN
         return "-"
     half = max(row["high"] - row["value"], row["value"] - row["low"])
     return f"{row['value']:.1f}" + (f" ±{half:.1f}" if half == half else "")

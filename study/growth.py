@@ -177,18 +177,26 @@ def fg_comparison(models: list[Grown]) -> str:
     return "\n".join([head, format_table(rows, headers), *bases])
 
 
-def report_models(root: Path, runs_of) -> tuple[dict[str, Curve], list[Grown]]:
-    """Prints the comparison and writes growth_results.json; returns what pictures show. runs_of(tree): a tree's finished runs."""
+def read_models(root: Path, runs_of) -> tuple[dict[str, Curve], list[Grown]]:
+    """What tables and pictures of the comparison show. runs_of(tree): a tree's finished runs."""
     named = read_json(root / "growth.json")["models"]
-    curves = read_curves(root)
-    models = [read_grown(root, name, folder, runs_of) for name, folder in named.items()]
+    return read_curves(root), [read_grown(root, name, folder, runs_of) for name, folder in named.items()]
+
+
+def models_table(curves: dict[str, Curve], models: list[Grown]) -> str:
+    """The comparison in text."""
     texts = [cell for model in models for cell in model.texts]
     tasks = list(dict.fromkeys(task for task, _, _ in texts))
     texts = sorted(texts, key=lambda cell: tasks.index(cell[0]))  # stable: models and stages stay as they are
     parts = [curve_table(curves) if curves else "", sequence_rows(models), fg_comparison(models), text_table(texts)]
-    print("\n" + "\n\n".join(filter(None, parts)), flush=True)
-    for line in signature_lines(row for _, _, rows in texts for row in rows):
-        print(line)
+    lines = signature_lines(row for _, _, rows in texts for row in rows)
+    return "\n".join(["\n\n".join(filter(None, parts)), *lines])
+
+
+def report_models(root: Path, runs_of) -> tuple[dict[str, Curve], list[Grown]]:
+    """Prints the comparison and writes growth_results.json; returns what pictures show. runs_of(tree): a tree's finished runs."""
+    curves, models = read_models(root, runs_of)
+    print("\n" + models_table(curves, models), flush=True)
     drawn = {name: {**curve.record, "curve": {"flops": curve.flops, "held_out_nll": curve.nll}} for name, curve in curves.items()}
     write_json(root / "growth_results.json", {
         "pretraining": drawn,

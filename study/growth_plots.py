@@ -15,6 +15,10 @@ SOURCE = "#888888"
 
 def draw_growth(curves: dict[str, Curve], models: list[Grown], root: Path) -> Path:
     """growth.png in the study's folder."""
+    return _save(growth_figure(curves, models), root / "growth.png")
+
+
+def growth_figure(curves: dict[str, Curve], models: list[Grown]) -> Figure:
     tasks = models[0].found[0].tasks
     panels = ([1] if curves else []) + [1] * len(tasks) + [1] * bool(models[0].fg)
     columns = min(2, len(panels))
@@ -32,7 +36,7 @@ def draw_growth(curves: dict[str, Curve], models: list[Grown], root: Path) -> Pa
     if models[0].fg:
         _forgetting(next(place), models, colours)
     figure.suptitle(f"{' and '.join(colours)} through {' > '.join(models[0].found[0].stages)}", fontsize=11)
-    return _save(figure, root / "growth.png")
+    return figure
 
 
 def _curves(axes, curves: dict[str, Curve], colours: dict[str, str]) -> None:

@@ -314,8 +314,8 @@ def _cycle(values: tuple) -> Iterable:
         yield from values
 
 
-def draw_all(rows: list[dict], folder: str | Path) -> list[Path]:
-    """Draws every picture that the rows allow into `folder` (performance_matrices_mask/); returns the files."""
+def all_figures(rows: list[dict]) -> dict[str, Figure]:
+    """Every picture that the rows allow, under the name of its file."""
     found = {}
     scored = {(row.get("metric"), stage_of(row) == 2) for row in rows}
     if ("exact_match", False) in scored:
@@ -330,4 +330,9 @@ def draw_all(rows: list[dict], folder: str | Path) -> list[Path]:
             found[f"heatmap_second_exact_match_{arm_label(arm)}"] = heatmap_figure(rows, arm, which="second")
     if ("exact_match", True) in scored:
         found["learning_vs_retention"] = scatter_figure(rows)
-    return [_save(figure, Path(folder) / f"{name}.png") for name, figure in found.items()]
+    return found
+
+
+def draw_all(rows: list[dict], folder: str | Path) -> list[Path]:
+    """Draws all_figures into `folder` (performance_matrices_mask/); returns the files."""
+    return [_save(figure, Path(folder) / f"{name}.png") for name, figure in all_figures(rows).items()]

@@ -114,19 +114,24 @@ def reliability_figure(rows: list[dict], before: str, run: Run, tasks: list[str]
     return figure
 
 
-def report_reliability(root: Path, rows: list[dict], runs: list[Run]) -> None:
-    """Prints the table, writes {root}/probabilistic_results.json, and draws in {root}/probabilistic/ each run that has one before it."""
-    print("\nAccuracy and calibration over the options, with 95 % intervals over the items; single adapters: mean of their scores")
-    print(reliability_table(rows), flush=True)
+def reliability_figures(rows: list[dict], runs: list[Run]) -> dict[str, Figure]:
+    """Of each run that has one before it, both scored on the same tasks."""
     scored: dict[str, list[str]] = {}
     for row in rows:
         if row["task"] not in scored.setdefault(row["run"], []):
             scored[row["run"]].append(row["task"])
-    pictures = []
+    found = {}
     for run in runs:
-        both = [task for task in scored[run.folder] if task in scored.get(run.parent, [])]
+        both = [task for task in scored.get(run.folder, []) if task in scored.get(run.parent, [])]
         if both:
-            name = f"reliability_{run.folder.replace('/', '_')}.png"
-            pictures.append(_save(reliability_figure(rows, run.parent, run, both), root / "probabilistic" / name))
+            found[f"reliability_{run.folder.replace('/', '_')}"] = reliability_figure(rows, run.parent, run, both)
+    return found
+
+
+def report_reliability(root: Path, rows: list[dict], runs: list[Run]) -> None:
+    """Prints the table, writes {root}/probabilistic_results.json, and draws in {root}/probabilistic/ each run that has one before it."""
+    print("\nAccuracy and calibration over the options, with 95 % intervals over the items; single adapters: mean of their scores")
+    print(reliability_table(rows), flush=True)
+    pictures = [_save(figure, root / "probabilistic" / f"{name}.png") for name, figure in reliability_figures(rows, runs).items()]
     write_json(root / "probabilistic_results.json", {"results": rows})
     print(f"\nresults    {root / 'probabilistic_results.json'}\npictures   {root / 'probabilistic'}/ ({len(pictures)})")

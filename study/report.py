@@ -51,6 +51,18 @@ def result_rows(tree: Path, seed: int) -> list[dict]:
     return rows
 
 
+def dropped_shares(trees: list[Path]) -> dict[str, float]:
+    """Of every finished run of stage 2: the share of completion tokens that its mask dropped, mean over the seeds' trees."""
+    dropped: dict[str, float] = {}
+    for tree in trees:
+        for file in tree.glob("**/run.json"):
+            record = read_json(file)
+            if record.get("status") == "done" and record["run"]["stage"] == 2:
+                folder = record["run"]["folder"]
+                dropped[folder] = dropped.get(folder, 0.0) + record["mask"]["dropped_share"] / len(trees)
+    return dropped
+
+
 def report(root: Path, quiet: bool = False) -> list[dict]:
     """Writes eval_results_mask.json and the pictures of a study (over its seeds too), logs them, prints the table.
 
@@ -70,20 +82,16 @@ def report(root: Path, quiet: bool = False) -> list[dict]:
         log_pictures(root, sorted((root / "logs").glob("*.png")))
         if compared == trained:
             return []
-    rows, dropped = [], {}
+    rows = []
     for tree in trees:
         seed = read_json(tree / "study.json")["identity"]["settings"]["seed"]
         mine = result_rows(tree, seed)
         rows += mine
-        for file in tree.glob("**/run.json"):
-            record = read_json(file)
-            if record.get("status") == "done" and record["run"]["stage"] == 2:
-                dropped[record["run"]["folder"]] = dropped.get(record["run"]["folder"], 0.0) + record["mask"]["dropped_share"] / len(trees)
         if tree != root:
             write_json(tree / "eval_results_mask.json", {"results": mine})
             draw_all(mine, tree / "performance_matrices_mask")
     if rows and not quiet:  # first: a folder that cannot be written to still has its table
-        print("\n" + summary_table(rows, dropped), flush=True)
+        print("\n" + summary_table(rows, dropped_shares(trees)), flush=True)
         if table := text_table(text_cells(rows)):
             print("\n" + "\n".join([table, *signature_lines(rows)]), flush=True)
     pictures = draw_all(rows, root / "performance_matrices_mask") if rows else []

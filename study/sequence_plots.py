@@ -16,17 +16,21 @@ LOOKS = {arm: (colour, mark) for arm, colour, mark in zip(ARMS, [*COLOURS, "#8A3
 PANELS = 5  # in a line
 
 
-def draw_sequences(found: list[Sequence], folder: Path) -> list[Path]:
-    """matrix_{order}.png, stages_{order}.png for every order (means over seeds), and kept_learned.png."""
-    paths = []
+def sequence_figures(found: list[Sequence]) -> dict[str, Figure]:
+    """matrix_{order}, stages_{order} for every order (means over seeds), and kept_learned."""
+    figures = {}
     for order in dict.fromkeys(one.order for one in found):
         mine = [one for one in found if one.order == order]
-        paths.append(_save(matrix_figure(mine), folder / f"matrix_{order}.png"))
+        figures[f"matrix_{order}"] = matrix_figure(mine)
         if any(len(one.R) > 1 for one in mine):
-            paths.append(_save(stages_figure(mine), folder / f"stages_{order}.png"))
+            figures[f"stages_{order}"] = stages_figure(mine)
     if any(one.arm != "mtl" for one in found):
-        paths.append(_save(kept_figure(found), folder / "kept_learned.png"))
-    return paths
+        figures["kept_learned"] = kept_figure(found)
+    return figures
+
+
+def draw_sequences(found: list[Sequence], folder: Path) -> list[Path]:
+    return [_save(figure, folder / f"{name}.png") for name, figure in sequence_figures(found).items()]
 
 
 def _top(found: list[Sequence]) -> int:
