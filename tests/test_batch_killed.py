@@ -60,7 +60,7 @@ PLACES = [
     Place("train:micro_nll", 2, leaving=True),
     Place("save", 1, leaving=True),
     Place("eval:write_jsonl", 1),
-    Place("train:attempt", 4),
+    Place("masking.attempts:attempt", 4),
     Place("study.batch_result:save", 1),
 ]
 
