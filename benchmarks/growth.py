@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     print(common.machine_lines("cpu"), flush=True)
     layer = sum(out * inn for out, inn in shape.linears.values()) + 2 * shape.hidden
     bound = 2 * (2 * layer + shape.vocabulary * shape.hidden) / 2**20
+    if args.scratch:
+        Path(args.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         source, grown = common.write_model(shape, Path(scratch)), Path(scratch) / "grown"
         options = {"factor": args.factor, "order": args.order, "zero_init": args.zero_init, "noise": args.noise}
