@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test leaves this machine; those about the hub run their own server
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own, and so have the processes that its tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("MODEL_NAME", None)  # names the model of a batch and of features
 
 # A shell starts background jobs with Ctrl-C ignored, and what they start inherits it; tests send it.

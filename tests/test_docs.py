@@ -47,12 +47,12 @@ def test_commands_are_understood(command, monkeypatch, capsys):
     elif words[:3] == ["pip", "install", "-r"]:
         assert (REPO / words[3]).is_file()
     else:
-        assert command in ("hf auth login", "tensorboard --logdir out", "python -m pytest")
+        assert command in ("hf auth login", "tensorboard --logdir out", "python -m pytest -n 2 --dist loadfile")
 
 
 def test_every_flag_exists(capsys):
     known = {"config", "help", "source", "split", "logdir", "adapter", "out", "model", "dtype"}  # of the other commands too
-    known |= {"nproc_per_node", "max_restarts"} | set(flags_of(Config)) | set(flags_of(EvalConfig))  # torchrun has two
+    known |= {"nproc_per_node", "max_restarts", "dist"} | set(flags_of(Config)) | set(flags_of(EvalConfig))  # torchrun has two, pytest one
     for module in ("features", "features.relate", "features.predict", "data.synthesis", "data.prepare", "model.growth"):
         known |= set(re.findall(r"--(\w+)", help_of(module, capsys)))
     named = {flag.replace("-", "_").replace(".", "_") for flag in re.findall(r"--([A-Za-z][\w.-]*\w)", README)}
