@@ -111,26 +111,26 @@ def study_rows(trees: list[tuple[Path, int, list[Run]]], columns: list[str]) -> 
 
 
 def fg_table(rows: list[dict]) -> str:
-    """The sequences in text, a row for each column and group; stages apart where they are four or fewer. rows: study_rows' or fg_rows'."""
+    """The sequences in text, a row an arm, column and group; stages apart where they are four or fewer. rows: study_rows' or fg_rows'."""
     parts, reasons = [], {}
-    for arm, order in dict.fromkeys((row.get("arm", ""), row.get("order", "")) for row in rows):
-        mine = [row for row in rows if (row.get("arm", ""), row.get("order", "")) == (arm, order)]
+    for order in dict.fromkeys(row.get("order", "") for row in rows):
+        mine = [row for row in rows if row.get("order", "") == order]
         count = max(row["stage"] for row in mine if isinstance(row["stage"], int))
         stages = [*range(1, count + 1)] if count <= 4 else []
-        table = []
-        for name in dict.fromkeys((row["column"], row["group"]) for row in mine):
-            cells = {(row["form"], row["stage"]): row for row in mine if (row["column"], row["group"]) == name}
+        table, named = [], any(row.get("arm") for row in mine)
+        for arm, column, group in dict.fromkeys((row.get("arm", ""), row["column"], row["group"]) for row in mine):
+            own = [row for row in mine if (row.get("arm", ""), row["column"], row["group"]) == (arm, column, group)]
+            cells = {(row["form"], row["stage"]): row for row in own}
             mean = cells["plain", "mean"]
             shown = [("plain", stage) for stage in [*stages, "mean", *([] if stages else ["last"])]]
             told = [_told(cells[key]) for key in [*shown, ("chance", "mean"), ("chance", "last")]]
-            base = f"{100 * mean['base']:.1f}" if name[0] else "-"
-            table.append([name[0] or f"{name[1]}, mean of {mean['columns']}", base, *told])
-            if cells["chance", "mean"]["reason"] and name[0]:
-                reasons[name[0]] = cells["chance", "mean"]["reason"]
+            base = f"{100 * mean['base']:.1f}" if column else "-"
+            table.append([*([arm] if named else []), column or f"{group}, mean of {mean['columns']}", base, *told])
+            if cells["chance", "mean"]["reason"] and column:
+                reasons[column] = cells["chance", "mean"]["reason"]
         labels = [f"stage {stage}" for stage in stages] + ["mean", *([] if stages else ["last"])]
-        headers = ["benchmark", "base", *labels, "mean, over chance", "last, over chance"]
-        title = ", ".join(filter(None, (arm, order.replace(",", " > "))))
-        parts.append((f"{title}\n" if title else "") + format_table(table, headers))
+        headers = [*(["arm"] if named else []), "benchmark", "base", *labels, "mean, over chance", "last, over chance"]
+        parts.append((f"{order.replace(',', ' > ')}\n" if order else "") + format_table(table, headers))
     if not parts:
         return ""
     head = "General forgetting FG: % of the base's score that was lost (below 0: gained), 95 % intervals"
