@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from metrics.statistics import seed_interval
 from metrics.summary import summarise
 from study.folder import read_json, read_jsonl, seed_folders, write_json
 from study.forgetting import study_rows
@@ -212,12 +213,17 @@ def report_models(root: Path, runs_of) -> tuple[dict[str, Curve], list[Grown]]:
 
 
 def stage_scores(models: list[Grown], task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{model: (its score on a task at the base and after every stage, half widths)}, means over seeds of its first arm."""
+    """{model: (its score on a task at the base and after every stage, half widths)}, means over seeds of its first arm.
+
+    The half widths are the wider of Student's over the seeds and what the test items allow.
+    """
     found = {}
     for model in models:
         members = [one for one in model.found if one.arm == model.found[0].arm and one.order == model.found[0].order]
         j = members[0].tasks.index(task)
         values = np.array([[one.base[j], *one.R[:, j]] for one in members])
         halves = np.array([[math.nan, *one.half[:, j]] for one in members])
-        found[model.name] = values.mean(axis=0), np.sqrt((halves**2).mean(axis=0))
+        over_seeds = np.array([seed_interval(column.tolist())[2] for column in values.T]) - values.mean(axis=0)
+        over_seeds[0] = math.nan  # the base is the same for all
+        found[model.name] = values.mean(axis=0), np.fmax(over_seeds, np.sqrt((halves**2).mean(axis=0)))
     return found

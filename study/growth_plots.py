@@ -35,7 +35,9 @@ def growth_figure(curves: dict[str, Curve], models: list[Grown]) -> Figure:
         _stages(next(place), models, task, colours)
     if models[0].fg:
         _forgetting(next(place), models, colours)
-    figure.suptitle(f"{' and '.join(colours)} through {' > '.join(models[0].found[0].stages)}", fontsize=11)
+    seeds = len({one.seed for one in models[0].found})
+    over = f"; mean over {seeds} seeds of fine-tuning" if seeds > 1 else ""
+    figure.suptitle(f"{' and '.join(colours)} through {' > '.join(models[0].found[0].stages)}{over}", fontsize=11)
     return figure
 
 

@@ -23,7 +23,8 @@ from model.tokenizer import load_tokenizer
 from study.config import parse
 from study.errors import LetheError
 from study.folder import newest_study, read_json, read_jsonl
-from study.growth import Curve, flops_at, speed_up
+from study.growth import Curve, Grown, flops_at, speed_up, stage_scores
+from study.sequence import Sequence
 
 SHAPE = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2}"
 LITTLE = ["--tokens", "4000", "--row_length", "32", "--rows_per_step", "8", "--held_out", "4", "--pretraining.log_steps", "4",
@@ -266,6 +267,14 @@ def test_speed_up_is_read_off_the_curves():
     found = speed_up(slow, fast)
     assert found["flops"] == pytest.approx(200 / 125 - 1) and found["own"] == pytest.approx(200 / 75 - 1)
     assert speed_up(slow, slow)["flops"] == 0.0
+
+
+def test_the_scores_of_stages_have_intervals_over_seeds():
+    R = [np.array([[0.8, 0.1], [0.2, 0.7]]), np.array([[0.6, 0.1], [0.2, 0.7]])]
+    found = [Sequence("none", "a,b", ["a", "b"], seed, one, np.full((2, 2), 0.03), np.array([0.05, 0.0]), {}) for seed, one in enumerate(R)]
+    values, halves = stage_scores([Grown("m", "", found, [], [])], "a")["m"]
+    assert values == pytest.approx([0.05, 0.7, 0.2])
+    assert halves == pytest.approx([math.nan, 12.706 * 0.1, 0.03], rel=1e-3, nan_ok=True)  # Student's with one degree of freedom
 
 
 def test_what_a_growth_study_needs():
