@@ -29,7 +29,7 @@ Fine-tune a Llama on one task after another and see what it forgets.
   python train.py --compare_optimizers                AdamW against Muon, at several learning rates
   python train.py --sequence a,b,c --rehearsal none,ssr          three tasks in sequence, with and without rehearsal
   python train.py --corpus text.txt --model nano --fresh         pretrain a model of nano's shape
-  python train.py --config configs/growth.yaml                   a grown model against one from scratch: pretrained, fine-tuned, compared
+  python train.py --config configs/growth.yaml                   a grown model against one from scratch, both pretrained here
   python train.py --datasets_folder DIR --chunk 1 --mmlu DIR     fine-tune on each file, score MMLU before and after
 
 Order: defaults < --config FILE < flags. Without --config, the nano model takes configs/nano.yaml, or

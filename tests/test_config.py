@@ -77,6 +77,8 @@ def test_every_leaf_has_a_flag_that_reaches_it(tmp_path):
     named = {"seeds": "0,1", "max_memory": "6GiB", "comparison": "{'adamw': [0.5]}", "lora.targets": "q_proj"}
     needs = {"chunk": ["--datasets_folder", "sets"], "rehearsal.arms": ["--sequence", "a,b"]}
     named |= {"sequence": "a,b", "study": "optimizers", "rehearsal.demos": "3", "rehearsal.pool": "2.5", "evaluation.num_beams": "2"}
+    named |= {"pretraining.row_length": "3", "pretraining.shape": "{'num_hidden_layers': 2}"}
+    named |= {"growth.models": "{'a': 'x'}", "growth.factor": "3"}
     for name, (kind, field) in leaves(Config).items():
         if name in ("arms", "evaluation.decoding"):
             continue
@@ -213,7 +215,7 @@ def test_eval_flags_and_help(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--seed", "1", "-h"])
     page = capsys.readouterr().out
-    assert stop.value.code == 0 and "--learning_rate" in page and len(page.splitlines()) < 150
+    assert stop.value.code == 0 and "--learning_rate" in page and len(page.splitlines()) < 190
     assert max(len(line) for line in page.splitlines()) <= 130
     assert "Newton-Schulz" in page and ": none | nf4 | int8 [none]" in page
     with pytest.raises(SystemExit):
@@ -312,5 +314,5 @@ def test_a_study_of_an_older_version_goes_on(tmp_path):
     lines = config_text(parse([])).splitlines()
     dropped = {name.split(".")[-1] for name in new} | {"keep", "save_steps", "comparison", "shard", "max_memory"}
     text = "\n".join(line for line in lines if line.split(":")[0].strip() not in dropped)
-    assert len(lines) - len(text.splitlines()) == len(dropped) + 2  # two of them are there for each stage
+    assert len(lines) - len(text.splitlines()) == len(dropped) + 4  # two of them are there for each stage and for pretraining
     assert parse(["--config", write(tmp_path, text)]) == parse([])

@@ -470,7 +470,7 @@ def test_a_checkpoint_of_other_settings_is_refused(seed_run, seed_style, tmp_pat
     folder = seed_run[0] / f"{MUON}/gsm8k/checkpoints/stage1_checkpoint_epoch_2_step_6"
     assert train.main([*seed_style, "--output-dir", str(tmp_path), "--resume-stage1", str(folder), *more]) == 2
     line, *differences = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "a checkpoint of another training; ask for the same settings" in line
+    assert line.startswith("error: ") and "is of another training; ask for the same settings" in line
     assert any(text.strip().startswith(differs) for text in differences), differences
     assert not adapters(tmp_path)
 
