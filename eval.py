@@ -263,7 +263,7 @@ def score_study(bench: Bench, only: set[str] | None = None) -> int:
     return count
 
 
-SCORING = "accuracy after each run: exact match on its tasks, then what is beside them"
+SCORING = "scores after each run: exact match on its tasks (free text: ROUGE-L), then accuracy on what is beside them"
 
 
 def cells_by_run(runs: list[Run], tasks: list[str], columns: list[str], only: set[str] | None = None) -> dict[Run | None, list[str]]:
@@ -297,7 +297,8 @@ def score_run(bench: Bench, run: Run | None, names: list[str], label: str, decod
                 max_new_tokens=config.evaluation.max_new_tokens, decoder=decoder, how=decoding_of(config.evaluation, name), seed=bench.seed,
             )  # fmt: skip
         write_jsonl(cell_file(tree, run, name), items)
-        told.append(f"{name} {np.mean([item['correct'] for item in items if item['correct'] is not None]):6.1%}")
+        score = "rougeL" if name in bench.tasks and bench.tasks[name].answer_kind == "text" else "correct"
+        told.append(f"{name} {np.mean([item[score] for item in items if item[score] is not None]):6.1%}")
     if run is not None and run.changes:
         measure(bench, run)
     print(f"{label}  {'  '.join(told)}  {time.perf_counter() - began:6.1f} s", flush=True)
@@ -338,6 +339,11 @@ def evaluate_study(arguments: EvalConfig) -> None:
 def evaluate_one(arguments: EvalConfig, root: Path) -> None:
     """A study of one model."""
     trees = seed_folders(root)
+    if not root.is_dir():
+        raise LetheError(f"no folder {root} (--root)")
+    if (root / "pretraining.json").is_file() or (root / "model" / "pretraining.json").is_file():
+        model = root if (root / "config.json").is_file() else root / "model"
+        raise LetheError(f"{root} holds a pretrained model and no study; score it as --model {model}")
     if not (trees[0] / "study.json").is_file():
         raise LetheError(f"{root} is no study folder (it has no study.json); give --root, or train one with python train.py")
     print(f"study      {root}")

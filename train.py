@@ -41,6 +41,7 @@ from model.checkpoint import find_model, load_config, load_model
 from model.config import training_flops
 from model.generate import Decoder
 from model.growth import grow
+from model.layer_map import layer_map
 from model.llama import Llama
 from model.sharding import check_optimizers, gathered, idle_pass, is_sharded, load_sharded
 from model.subject import load_subject, resolve
@@ -229,7 +230,7 @@ def follow(
     learner: Learner, steps: Callable[[int, int], Iterator[Step]], tree: Path, run: str, label: str, total: int, same: dict, *,
     per_epoch: int, stage: int, settings: StageConfig | PretrainingConfig, micro_tokens: int, keep: int, name: str, ranks: Ranks,
     hparams: dict, asked: Path | None = None, check: Callable[[], None] = lambda: None, tell: Callable = print,
-    begins: Callable[[RunLog], None] = lambda log: None, scores: Callable[[], dict[str, float]] | None = None,
+    begins: Callable[[RunLog], None] = lambda log: None, scores: Callable[[int], dict[str, float]] | None = None,
 ) -> Tally:  # fmt: skip
     """Takes the steps of a run, from its newest checkpoint on, and logs, scores and saves on the way as the settings say.
 
@@ -264,7 +265,7 @@ def follow(
                             number, tokens=tally.tokens)  # fmt: skip
             bar.update(1, loss=tally.last_loss, kept=step.kept, tok_s=int(speed), mem_gib=memory_gib())
             if scores is not None and (number % settings.eval_steps == 0 or number == total) and ranks.main:
-                log.scalars(scores(), number)
+                log.scalars(scores(number), number)
             stops = bool(ranks.most(stop.asked))
             if number < total and (stops or number % settings.save_steps == 0):
                 tally.seconds = before + time.perf_counter() - began
@@ -341,7 +342,7 @@ def train_run(bench: Bench, run: Run, label: str) -> None:
         learner, steps, bench.study.path, run.folder, label, total, same, per_epoch=math.ceil(len(examples) / per_step), stage=run.stage,
         settings=settings, micro_tokens=micro_tokens_of(config.micro_tokens, model.device), keep=config.keep, name=bench.subject.name,
         ranks=ranks, asked=asked_checkpoint(config, run), check=bench.check, tell=bench.tell, begins=begins,
-        scores=partial(held_out_scores, bench, run) if settings.eval_steps else None,
+        scores=(lambda _: held_out_scores(bench, run)) if settings.eval_steps else None,
         hparams={"stage": run.stage, "arm": run.arm, "first": run.first, "second": run.second, "seed": bench.seed,
                  "optimizer": o.name, "learning_rate": settings.learning_rate, "epochs": settings.epochs,
                  "examples_per_step": per_step, "lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha},
@@ -424,12 +425,17 @@ def pretrain(
         return fit(model, learner, batches, total, start=done, micro_tokens=micro_tokens, schedule=p.scheduler, warmup=warmup,
                    floor=p.final_rate, max_grad_norm=p.max_grad_norm, seed=config.seed, ranks=ranks)  # fmt: skip
 
+    def scores(step: int) -> dict[str, float]:
+        found = held_out_loss(model, corpus, micro_tokens)
+        if step * 8 // total > max(0, step - p.eval_steps) * 8 // total and step < total and not sys.stderr.isatty():  # which has a bar
+            tell(f"{label}  step {step} of {total}  held-out {found['eval/nll']:.3f}")
+        return found
+
     micro_tokens = micro_tokens_of(config.micro_tokens, model.device)
     tally = follow(
         learner, steps, tree, run, label, total, same, per_epoch=-(-len(corpus) // p.rows_per_step), stage=0, settings=p,
         micro_tokens=micro_tokens, keep=config.keep, name=str(start), ranks=ranks, check=check, tell=tell,
-        begins=lambda log: log.scalars(held_out_loss(model, corpus, micro_tokens), 0),
-        scores=partial(held_out_loss, model, corpus, micro_tokens), hparams={"optimizer": p.optimizer, "learning_rate": p.learning_rate},
+        begins=lambda log: log.scalars(scores(0), 0), scores=scores, hparams={"optimizer": p.optimizer, "learning_rate": p.learning_rate},
     )  # fmt: skip
     if not ranks.main:
         return
@@ -460,6 +466,8 @@ def run_pretraining(config: Config) -> None:
     """--corpus: one model, from its own weights or (--fresh) from random ones."""
     p, (ranks, _) = config.pretraining, gather(config)
     root, source = expand_out(config.out, config.model.name), find_model(config.model.name)
+    if root.resolve() in (source.resolve(), *source.resolve().parents):
+        raise LetheError(f"--out {root} is the folder of --model, or holds it; choose another")
     with ranks.main_first():
         corpus = load_corpus(p.corpus, load_tokenizer(source, config.template), root / "tokens", tokens=p.tokens, row_length=p.row_length,
                              held_out=p.held_out, seed=config.seed)  # fmt: skip
@@ -487,6 +495,7 @@ def grown_and_naive(config: Config, root: Path, ranks: Ranks, workers: Workers, 
     layers = (p.shape or {}).get("num_hidden_layers", load_config(source).num_hidden_layers)
     if layers % g.factor:
         raise LetheError(f"growth: {layers} layers are no multiple of --factor {g.factor}; give --shape another num_hidden_layers")
+    layer_map(layers // g.factor, layers, g.order)  # an order that does not fit is told before anything is trained
     with ranks.main_first(), workers.main_first("models"):
         large = fresh_model(source, p.shape or {}, config.seed, models / "naive_start")
         small = fresh_model(source, (p.shape or {}) | {"num_hidden_layers": layers // g.factor}, config.seed, models / "source_start")

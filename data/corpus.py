@@ -27,7 +27,7 @@ from data.folder import fingerprint_files
 from data.rows import iter_rows
 from model.tokenizer import Tokenizer
 from study.errors import LetheError
-from study.folder import write_json
+from study.folder import write_error, write_json
 from study.logging import progress
 
 TOKENS = (".npy", ".bin")
@@ -99,7 +99,10 @@ def load_corpus(
     folder = cache / key
     if not (folder / "report.json").is_file():
         texts = documents(seed) if spec == "builtin" else None
-        _write(files, texts, tokenizer, folder, wanted)
+        try:
+            _write(files, texts, tokenizer, folder, wanted)
+        except OSError as error:
+            raise write_error(folder, error) from error
     dtype = json.loads((folder / "report.json").read_text())["dtype"]
     file = folder / "ids.bin"
     flat = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
@@ -149,8 +152,8 @@ def read_tokens(file: Path, vocabulary: int) -> np.ndarray:
     dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
     try:
         ids = np.load(file, mmap_mode="r") if file.suffix == ".npy" else np.memmap(file, dtype=dtype, mode="r")
-    except (OSError, ValueError) as error:
-        raise LetheError(f"{file}: no token file ({error}); .npy as numpy saves it, .bin of {dtype} ids") from None
+    except (OSError, ValueError):
+        raise LetheError(f"{file}: empty, cut or no token file; .npy as numpy saves it, .bin of {dtype} ids") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise LetheError(f"{file}: holds {ids.dtype} of shape {ids.shape}; a token file is one line of whole numbers")
     return ids

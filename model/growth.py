@@ -160,7 +160,7 @@ def grow(
         fingerprint_of(out)  # LetheError where it has been damaged
         return found
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LetheError(f"--out {out} is not empty; give a new folder")
+        raise LetheError(f"--out {out} is {'not empty' if out.is_dir() else 'a file'}; give a new folder")
 
     grown = grown_config(raw, plan)
     work = recipes(folder, LlamaConfig.from_dict(grown, str(folder / "config.json")), plan, zero_init, noise, seed)

@@ -136,7 +136,9 @@ def sequence_rows(models: list[Grown]) -> str:
             told = [_told(*over(members, metric)) for metric in metrics]
             rows.append([model.name, arm, *told, len(members)])
     stages = known[0].stages if known else []
-    return f"Tasks: {' > '.join(stages)}, in %, 95 % intervals\n" + format_table(rows, ["model", "arm", *metrics, "sequences"])
+    title = f"Tasks: {' > '.join(stages)}, in %, 95 % intervals"
+    notes = [f"{metric}: {METRICS[metric]}" for metric in metrics if metric in REVISITS]
+    return "\n".join([title, format_table(rows, ["model", "arm", *metrics, "sequences"]), *notes])
 
 
 def _told(mean: float, half: float) -> str:

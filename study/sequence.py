@@ -38,8 +38,8 @@ LONGEST = 180  # letters of an order: file systems take 255 for a name, and Tens
 # A task that comes again: BWT and forgetting ask of every task what is lost since it was trained last.
 METRICS = {"AR": "average after the last stage", "BWT": "change of earlier tasks since they were learned", "forgetting": "from their best",
            "FWT": "on a task before it is trained, less the base", "learning": "on a task when it is trained, less the base",
-           "revisit": "of tasks that come again: before that, less when it was first trained",
-           "relearned": "the same, after that"}  # fmt: skip
+           "revisit": "of tasks that come again: the score just before that, less the one when it was first trained",
+           "relearned": "the same, just after it was trained again"}  # fmt: skip
 REVISITS = ("revisit", "relearned")
 
 
@@ -241,4 +241,5 @@ def sequence_table(found: list[Sequence]) -> str:
     means = f"; means over {several} orders and seeds" if several > 1 else ""
     lengths = " or ".join(map(str, sorted({len(one.stages) for one in found})))
     title = f"Sequences of {lengths} stages, in %, 95 % intervals{means}"
-    return f"{title}\n" + format_table(rows, ["arm", *metrics, "rehearsed rows a stage", "sequences"])
+    notes = [f"{metric}: {METRICS[metric]}" for metric in metrics if metric in REVISITS]
+    return "\n".join([title, format_table(rows, ["arm", *metrics, "rehearsed rows a stage", "sequences"]), *notes])

@@ -126,7 +126,8 @@ def test_fresh_weights(tmp_path):
     with pytest.raises(LetheError, match="another shape or seed"):
         fresh_model(NANO, {"num_hidden_layers": 3}, 1, tmp_path / "a")
     for shape, told in (({"layers": 3}, "'layers' is not a number of a Llama's shape"), ({"vocab_size": 9}, "'vocab_size' is not"),
-                        ({"num_attention_heads": 5}, "cannot be shared by 5 heads")):  # fmt: skip
+                        ({"num_attention_heads": 5}, "cannot be shared by 5 heads"), ({"num_hidden_layers": 0}, "must be 1 or more, not 0"),
+                        ({"hidden_size": 63}, "21 numbers cannot have rotary positions")):  # fmt: skip
         with pytest.raises(LetheError, match=told):
             fresh_model(NANO, shape, 0, tmp_path / "d")
 
@@ -156,6 +157,16 @@ def test_flops_are_counted_product_by_product(tmp_path):
 )
 def test_what_cannot_be_is_told_in_one_line(more, told, tmp_path, capsys):
     assert told in one_line(command(tmp_path / "out", *more), capsys)
+
+
+def test_where_it_may_not_be_written_and_what_is_no_study(whole, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "with --out" in one_line(command(tmp_path / "file"), capsys)
+    folder = write_folder(tmp_path / "own", raw_config(**NARROW), tokenizer=True)
+    assert "is the folder of --model" in one_line(["--corpus", "builtin", "--model", str(folder), "--out", str(folder)], capsys)
+    for root, told in ((whole, f"--model {whole / 'model'}"), (whole / "model", "pretrained model"), (tmp_path / "gone", "no folder")):
+        assert evaluation.main(["--root", str(root)]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_shape_needs_fresh_weights(tmp_path, capsys):
@@ -296,7 +307,9 @@ def test_what_a_growth_study_needs():
         (["--growth.factor", "3"], "2 layers are no multiple of --factor 3"),
         (["--source_tokens", "100000"], "--source_tokens cost more than --tokens allow"),
         (["--growth.order", "pile"], "pile"),
+        (["--growth.order", "partial:1*3"], "gives 3 layers, not 2"),
     ],
 )
 def test_growth_that_cannot_be_is_told_in_one_line(more, told, tmp_path, capsys):
     assert told in one_line([*STUDY, "--out", str(tmp_path / "out"), *more], capsys)
+    assert not (tmp_path / "out" / "models" / "source").exists(), "it was trained first"
