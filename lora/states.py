@@ -69,7 +69,7 @@ def fresh_model(source: Path, shape: dict[str, int], seed: int, folder: Path) ->
             raise LetheError(f"--shape: {key} must be 1 or more, not {value}")
     config = LlamaConfig.from_dict(raw, "--shape")
     if config.head_dim % 2:
-        raise LetheError(f"--shape: a head's {config.head_dim} numbers cannot have rotary positions, which take pairs; give an even head_dim")
+        raise LetheError(f"--shape: a head's {config.head_dim} numbers cannot have rotary positions, which take pairs; give head_dim")
     if config.hidden_size % config.num_attention_heads and "head_dim" not in raw:
         raise LetheError(f"--shape: hidden_size {config.hidden_size} cannot be shared by {config.num_attention_heads} heads; give head_dim")
     made = {"seed": seed, "config": raw}
