@@ -357,7 +357,7 @@ def test_places_that_are_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     refused("full is not empty; give a new folder", source, tmp_path / "full")
-    refused("thesis.txt is not empty", source, tmp_path / "full" / "thesis.txt")
+    refused("thesis.txt is a file; give a new folder", source, tmp_path / "full" / "thesis.txt")
     refused("no model folder", tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     grow(source, tmp_path / "empty")
